@@ -1,0 +1,129 @@
+"""Python objects to bytes and back. Knows nothing of what the bytes are for.
+
+Standard pickle comes first: it is small and fast. What it cannot name (local classes, lambdas) goes
+by value through cloudpickle. Classes of `__main__` are pickled by name as well; another process,
+whose `__main__` is another module, gets their definitions once through `main_definitions` and
+`install_main_definitions` instead of once per object.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+PROTOCOL = 5
+
+
+class NotPicklableError(TypeError):
+    """An object that has to be stored cannot be pickled; the message names the part that cannot."""
+
+
+def dumps(value: Any, what: str) -> bytes:
+    """Pickle `value`. Raises NotPicklableError, which names `what` and the field at fault."""
+    try:
+        return pickle.dumps(value, PROTOCOL)
+    except Exception:  # pickle raises whatever an object's own __reduce__ raises
+        return _dumps_by_value(value, what)
+
+
+def _dumps_by_value(value: Any, what: str) -> bytes:
+    import cloudpickle
+
+    try:
+        blob: bytes = cloudpickle.dumps(value, PROTOCOL)
+        return blob
+    except Exception as error:
+        path, part = _unpicklable_part(value)
+        raise NotPicklableError(
+            f"{what} cannot be pickled: {path or 'it'} holds a {type(part).__name__}"
+            f" ({_one_line(error)}); keep plain data there, and open such things in _context()"
+            " or evaluate()"
+        ) from error
+
+
+def loads(blob: bytes) -> Any:
+    """Unpickle what `dumps` made. Only ever call it on a file that this user owns."""
+    return pickle.loads(blob)
+
+
+def main_definitions() -> bytes | None:
+    """The classes and functions that `__main__` defines, by value; None when it defines none.
+
+    What cannot be pickled by value is left out: it can then not be used in another process.
+    """
+    import cloudpickle
+
+    main = sys.modules.get("__main__")
+    defined = {
+        name: value
+        for name, value in vars(main).items()
+        if getattr(value, "__module__", None) == "__main__"
+        and getattr(value, "__qualname__", None) == name
+    }
+    if not defined:
+        return None
+    try:
+        blob: bytes = cloudpickle.dumps(defined, PROTOCOL)
+        return blob
+    except Exception:  # one definition is enough to spoil all; keep those that work
+        return cloudpickle.dumps(dict(_each_picklable(defined)), PROTOCOL)  # type: ignore[no-any-return]
+
+
+def _each_picklable(defined: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    import cloudpickle
+
+    for name, value in defined.items():
+        try:
+            cloudpickle.dumps(value, PROTOCOL)
+        except Exception:  # noqa: S112 - reported by whoever needs the definition
+            continue
+        yield name, value
+
+
+def install_main_definitions(blob: bytes | None) -> None:
+    """Make definitions from another process's `__main__` known here, where they are unknown.
+
+    Names that this process's `__main__` has already are kept, as they are for any module.
+    """
+    if blob is None:
+        return
+    main = sys.modules["__main__"]
+    for name, value in loads(blob).items():
+        if not hasattr(main, name):
+            setattr(main, name, value)
+
+
+def is_main_defined(value: Any) -> bool:
+    """Whether the class of `value`, or one it derives from, belongs to `__main__`."""
+    return any(base.__module__ == "__main__" for base in type(value).__mro__)
+
+
+def _unpicklable_part(value: Any, depth: int = 0) -> tuple[str, Any]:
+    """The path to, and the value of, the innermost part that cannot be pickled."""
+    import cloudpickle
+
+    for name, part in _parts(value) if depth < 5 else ():
+        try:
+            cloudpickle.dumps(part, PROTOCOL)
+        except Exception:  # noqa: BLE001 - this is the part that was looked for
+            inner, culprit = _unpicklable_part(part, depth + 1)
+            return name + inner, culprit
+    return "", value
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((f"[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((f"[{index}]", part) for index, part in enumerate(value))
+    else:
+        attributes = dict(getattr(value, "__dict__", {}))
+        attributes.update(getattr(value, "__pydantic_private__", None) or {})
+        for name, part in attributes.items():
+            yield f".{name.removeprefix('X_')}", part  # chz keeps field `name` as `X_name`
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,130 @@
+"""The main program of a worker process; see `processes`. Serves orders until its socket closes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from nanoeval import _codec
+from nanoeval._executors.processes import LENGTH, Order
+from nanoeval._run_set import join_run_set
+from nanoeval._store import StoredEval
+from nanoeval._worker import Job, Worker
+from nanoeval.library_config import set_library_config
+from nanoeval.setup import global_exit_stack, nanoeval_logging, raise_file_limit, shared_resource
+
+
+class WorkerProcess:
+    """Carries out the orders that come over the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._orders: dict[int, asyncio.Task[None]] = {}
+        self._messages: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Serve until the parent closes its end, then stop what is running."""
+        threading.Thread(target=self._read_messages, daemon=True).start()
+        async with asyncio.TaskGroup() as group:
+            while (message := await self._messages.get()) is not None:
+                kind, *rest = message
+                if kind == "configure":
+                    path, library_config = rest
+                    sys.path[:] = path
+                    set_library_config(_codec.loads(library_config))
+                    nanoeval_logging()
+                elif kind == "serve":
+                    number, order = rest
+                    self._orders[number] = group.create_task(self._serve(number, order))
+                elif (order_task := self._orders.get(rest[0])) is not None:
+                    order_task.cancel()
+            for order_task in self._orders.values():
+                order_task.cancel()
+
+    def _read_messages(self) -> None:
+        """On a thread of its own, so that the parent's death is seen while a rollout blocks."""
+        with self._connection.makefile("rb") as stream:
+            while header := stream.read(LENGTH.size):
+                message = pickle.loads(stream.read(*LENGTH.unpack(header)))
+                self._loop.call_soon_threadsafe(self._messages.put_nowait, message)
+        if self._orders:
+            # The parent is gone and nobody wants an answer; what was committed is safe. The whole
+            # session goes, so that no process of a rollout outlives the run.
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        self._loop.call_soon_threadsafe(self._messages.put_nowait, None)
+
+    async def _serve(self, number: int, order: Order) -> None:
+        errors: list[BaseException] = []
+        try:
+            path = Path(order.path)
+            async with shared_resource(
+                ("run set", path), join_run_set(path, role="worker")
+            ) as run_set:
+                self._answer("joined", order.path, run_set.executor_id)
+                stored = await self._stored_eval(run_set, order.eval_id)
+                job = _job(stored)
+                worker = Worker(run_set.store, run_set.executor_id, job, order.num_sharers)
+                with job.recorder, run_set.shows(worker):
+                    await worker.serve()
+        except ExceptionGroup as group:
+            errors = list(group.exceptions)
+        except Exception as error:  # noqa: BLE001 - everything is told to the parent
+            errors = [error]
+        finally:
+            del self._orders[number]
+            self._answer("done", number, _portable(errors) if errors else None)
+
+    async def _stored_eval(self, run_set: Any, eval_id: int) -> StoredEval:
+        _codec.install_main_definitions(await run_set.store.definitions())
+        return next(e for e in await run_set.store.evals() if e.eval_id == eval_id)
+
+    def _answer(self, *message: Any) -> None:
+        blob = pickle.dumps(message, _codec.PROTOCOL)
+        self._connection.sendall(LENGTH.pack(len(blob)) + blob)
+
+
+def _job(stored: StoredEval) -> Job:
+    spec = _codec.loads(stored.spec)
+    assert stored.run_id is not None
+    assert stored.recorder is not None
+    return Job(
+        stored.eval_id, stored.run_id, spec.eval, spec.runner, _codec.loads(stored.recorder)
+    )
+
+
+def _portable(errors: list[BaseException]) -> bytes:
+    """The errors as the parent can unpickle them, with their tracebacks as notes."""
+    from nanoeval._outcomes import dump_error, format_traceback
+    from nanoeval._worker import FatalRolloutError
+
+    portable: list[BaseException] = []
+    for error in errors:
+        origin = error.error if isinstance(error, FatalRolloutError) else error
+        origin.add_note(f"in worker process {os.getpid()}:\n{format_traceback(origin)}")
+        copy: BaseException = _codec.loads(dump_error(origin, "an error"))
+        portable.append(
+            FatalRolloutError(error.task_name, copy)
+            if isinstance(error, FatalRolloutError)
+            else copy
+        )
+    return pickle.dumps(portable, _codec.PROTOCOL)
+
+
+async def _main(connection: socket.socket) -> None:
+    async with global_exit_stack:
+        await WorkerProcess(connection).run()
+
+
+if __name__ == "__main__":
+    raise_file_limit()
+    with socket.socket(fileno=int(sys.argv[1])) as connection:
+        os.set_inheritable(connection.fileno(), False)
+        asyncio.run(_main(connection))

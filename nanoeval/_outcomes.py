@@ -1,0 +1,179 @@
+"""What came of a rollout, and how errors enter a summary. Knows neither store nor engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from nanoeval import _codec
+from nanoeval.eval import RolloutSystemError, Task, TResult, TTask
+
+# Bounds of the readable previews that stand beside the pickles in the database.
+PREVIEW_CHARS = 4000
+PREVIEW_FIELD_CHARS = 500
+PREVIEW_ITEMS = 20
+
+
+class UnexpectedRolloutError(RolloutSystemError):
+    """Stands for an exception that `evaluate` did not declare as a system error.
+
+    It reaches a summary only with `fail_on_error` other than True. `original_type` is the name of
+    the exception's class.
+    """
+
+    original_type: str = ""
+
+    @classmethod
+    def from_error(cls, error: BaseException) -> UnexpectedRolloutError:
+        """Wrap `error`, keeping its message and its type's name."""
+        wrapped = cls(str(error))
+        wrapped.original_type = type(error).__name__
+        return wrapped
+
+
+class LostRolloutError(RolloutSystemError):
+    """The executors that ran a rollout died again and again, most likely because of it."""
+
+
+def score_of(result: Any) -> float | None:
+    """The score that a result carries by itself, None when it does not.
+
+    A bool is its own score; otherwise the first of `correct`, `is_correct`, `score` that is a bool
+    or a number, as an attribute or as a key.
+    """
+    if isinstance(result, bool):
+        return float(result)
+    for name in ("correct", "is_correct", "score"):
+        value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+        if isinstance(value, bool | int | float):
+            return float(value)
+    return None
+
+
+def preview(value: Any) -> str | None:
+    """`value` as JSON that a person can read, long parts cut; None for None and bare tasks."""
+    if value is None:
+        return None
+    if isinstance(value, bool | int):
+        return repr(value).lower() if isinstance(value, bool) else repr(value)
+    readable = _readable(value, depth=0)
+    if isinstance(value, Task):
+        readable = {k: v for k, v in readable.items() if k not in Task.model_fields}
+        if not readable:
+            return None
+    text = json.dumps(readable, ensure_ascii=False, default=str)
+    return text if len(text) <= PREVIEW_CHARS else json.dumps(text[:PREVIEW_CHARS] + " …")
+
+
+def _readable(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one line per kind of value
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return value if len(value) <= PREVIEW_FIELD_CHARS else value[:PREVIEW_FIELD_CHARS] + " …"
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if depth > 4:
+        return f"<{type(value).__name__}>"
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [_readable(item, depth + 1) for item in list(value)[:PREVIEW_ITEMS]]
+        more = len(value) - PREVIEW_ITEMS
+        return [*items, f"… {more} more"] if more > 0 else items
+    if isinstance(value, Mapping):
+        return {str(k): _readable(v, depth + 1) for k, v in list(value.items())[:PREVIEW_ITEMS]}
+    if isinstance(value, BaseModel):
+        return {k: _readable(v, depth + 1) for k, v in value.__dict__.items()}
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _readable(getattr(value, name, None), depth + 1) for name in names}
+    text = repr(value)
+    return text if len(text) <= PREVIEW_FIELD_CHARS else text[:PREVIEW_FIELD_CHARS] + " …"
+
+
+def dump_error(error: BaseException, what: str) -> bytes:
+    """Pickle an exception so that it can also be unpickled; one that cannot is stood in for.
+
+    The stand-in is of the nearest base class that takes a message alone, so that `except` clauses
+    and isinstance checks go on working.
+    """
+    try:
+        blob = _codec.dumps(error, what)
+        _codec.loads(blob)
+        return blob
+    except Exception:  # an exception's own constructor may raise anything when it is unpickled
+        message = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnexpectedRolloutError):
+            return pickle.dumps(UnexpectedRolloutError.from_error(error), _codec.PROTOCOL)
+        base = RolloutSystemError if isinstance(error, RolloutSystemError) else RuntimeError
+        return pickle.dumps(base(message), _codec.PROTOCOL)
+
+
+def format_traceback(error: BaseException) -> str:
+    """The traceback as Python prints it, causes included."""
+    return "".join(traceback.format_exception(error))
+
+
+async def handle_system_errors_and_compute_metrics(
+    metrics_fn: Callable[[list[tuple[TTask, TResult]]], Awaitable[dict[str, Any]]],
+    results: Sequence[tuple[TTask, TResult | RolloutSystemError]],
+    process_invalid: Callable[[TTask], TResult],
+) -> dict[str, Any]:
+    """Compute `metrics_fn` on the results that are no system errors, and account for the rest.
+
+    Adds `is_valid` (no attempt failed), `num_tasks`, `num_scored` and `num_failed`. Where attempts
+    failed and the metrics have an `accuracy`, adds its `accuracy_worst_case` and
+    `accuracy_best_case`: every failure counted as wrong, and as right. Where `process_invalid` is
+    defined, `metrics_including_errors` holds the metrics with `process_invalid(task)` in the place
+    of each failure.
+    """
+    scored = [(task, r) for task, r in results if not isinstance(r, RolloutSystemError)]
+    failed = [task for task, r in results if isinstance(r, RolloutSystemError)]
+    summary = dict(await metrics_fn(scored))
+    summary["is_valid"] = not failed
+    summary["num_tasks"] = len(results)
+    summary["num_scored"] = len(scored)
+    summary["num_failed"] = len(failed)
+    if failed and "accuracy" in summary:
+        summary.update(_accuracy_bounds(scored, failed))
+    try:
+        stand_ins = [(task, process_invalid(task)) for task in failed]
+        if not failed and results:
+            process_invalid(results[0][0])
+    except NotImplementedError:
+        return summary
+    summary["metrics_including_errors"] = (
+        dict(await metrics_fn([*scored, *stand_ins])) if failed else _metrics_only(summary)
+    )
+    return summary
+
+
+def _metrics_only(summary: dict[str, Any]) -> dict[str, Any]:
+    own = {"is_valid", "num_tasks", "num_scored", "num_failed"}
+    return {key: value for key, value in summary.items() if key not in own}
+
+
+def _accuracy_bounds(
+    scored: Sequence[tuple[TTask, Any]], failed: Sequence[TTask]
+) -> dict[str, float]:
+    """Mean over questions of the mean over attempts, with failures counted as 0 and as 1."""
+    per_question: dict[str, list[float]] = {}  # question -> [sum of scores, scored, failed]
+    for task, result in scored:
+        score = score_of(result)
+        if score is None:
+            return {}
+        counts = per_question.setdefault(task.question_id, [0.0, 0.0, 0.0])
+        counts[0] += score
+        counts[1] += 1
+    for task in failed:
+        per_question.setdefault(task.question_id, [0.0, 0.0, 0.0])[2] += 1
+    worst = [s / (n + f) for s, n, f in per_question.values()]
+    best = [(s + f) / (n + f) for s, n, f in per_question.values()]
+    return {
+        "accuracy_worst_case": sum(worst) / len(worst),
+        "accuracy_best_case": sum(best) / len(best),
+    }

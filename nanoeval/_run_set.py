@@ -1,0 +1,80 @@
+"""A run set as one process takes part in it: the open store, an executor id, its heartbeat.
+
+Knows nothing of evals.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanoeval._process_identity import ProcessIdentity
+from nanoeval._store import Heartbeat, Store
+from nanoeval._worker import Worker
+from nanoeval.fs_paths import database_dir
+from nanoeval.setup import say
+
+ENV_LEASE_SECONDS = "NANOEVAL_LEASE_SECONDS"
+DEFAULT_LEASE = 15.0
+
+
+@dataclass
+class RunSet:
+    """One process's part in a run set."""
+
+    run_set_id: str
+    store: Store
+    executor_id: int
+    workers: list[Worker] = field(default_factory=list)
+
+    @contextmanager
+    def shows(self, worker: Worker) -> Iterator[None]:
+        """Make a worker's rollouts visible to diagnosis while it serves."""
+        self.workers.append(worker)
+        try:
+            yield
+        finally:
+            self.workers.remove(worker)
+
+
+def database_path(run_set_id: str) -> Path:
+    """Where the database of a run set lies."""
+    return database_dir() / f"{run_set_id}.db"
+
+
+def lease_seconds() -> float:
+    """How long a claim holds without a sign of life from its executor."""
+    text = os.environ.get(ENV_LEASE_SECONDS)
+    if text is None:
+        return DEFAULT_LEASE
+    try:
+        lease = float(text)
+    except ValueError:
+        lease = 0.0
+    if lease <= 0:
+        raise ValueError(f"{ENV_LEASE_SECONDS}={text!r} must be a number of seconds above 0")
+    return lease
+
+
+@asynccontextmanager
+async def join_run_set(path: Path, role: str) -> AsyncIterator[RunSet]:
+    """Open a run set's database and take part in it as `role`, "driver" or "worker"."""
+    async with Store(path, lease_seconds()) as store:
+        await store.create_run_set(path.stem, " ".join(sys.argv))
+        executor_id = await store.add_executor(role)
+        with Heartbeat(path, executor_id, store.lease, _tell_of_death):
+            try:
+                yield RunSet(path.stem, store, executor_id)
+            finally:
+                await store.end_executor(executor_id, "ended")
+
+
+def _tell_of_death(process: ProcessIdentity, num_requeued: int) -> None:
+    say(
+        f"nanoeval: process {process.pid} on {process.host} is gone;"
+        f" {num_requeued} of its rollouts go back to the queue"
+    )

@@ -1,0 +1,156 @@
+"""The tables of a run set's database and their numbered migrations. Knows no queries.
+
+A migration runs in one transaction and is never edited after it has shipped; `user_version` holds
+the number of the last one applied.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from importlib.metadata import PackageNotFoundError, version
+
+# task.state
+QUEUED = 0
+RUNNING = 1
+SCORED = 2  # evaluate returned; the result is counted
+RETRIED = 3  # a system error, followed by another try with the next retry_idx
+FAILED = 4  # the last try failed; its error is counted
+
+_INITIAL = """
+CREATE TABLE run_set (
+    id TEXT NOT NULL,
+    created_at REAL NOT NULL,          -- seconds since the epoch, as all times here
+    nanoeval_version TEXT NOT NULL,
+    host TEXT NOT NULL,
+    command TEXT NOT NULL,             -- how the process was started, for people
+    definitions BLOB                   -- classes of __main__, pickled by value
+);
+
+CREATE TABLE eval (
+    id INTEGER PRIMARY KEY,
+    run_id TEXT UNIQUE,                -- NULL while the tasks are being queued
+    name TEXT NOT NULL,
+    model_name TEXT NOT NULL,
+    state TEXT NOT NULL,               -- queueing, running, finished, failed, interrupted
+    concurrency INTEGER,               -- rollouts in flight over all executors; NULL = unlimited
+    num_tasks INTEGER NOT NULL DEFAULT 0,
+    num_scored INTEGER NOT NULL DEFAULT 0,
+    num_failed INTEGER NOT NULL DEFAULT 0,
+    num_retried INTEGER NOT NULL DEFAULT 0,
+    num_unexpected INTEGER NOT NULL DEFAULT 0, -- of num_failed: not declared as system errors
+    num_with_score INTEGER NOT NULL DEFAULT 0,
+    score_sum REAL NOT NULL DEFAULT 0,
+    created_at REAL NOT NULL,
+    started_at REAL,
+    finished_at REAL,
+    records TEXT,                      -- where the recorder writes, if that is a file
+    summary TEXT,                      -- JSON
+    error TEXT,                        -- what ended the run, with its traceback
+    spec BLOB NOT NULL,
+    recorder BLOB                      -- NULL where the recorder cannot be pickled
+);
+
+CREATE TABLE executor (
+    id INTEGER PRIMARY KEY,
+    role TEXT NOT NULL,                -- driver or worker
+    host TEXT NOT NULL,
+    host_id TEXT NOT NULL,             -- tells machines, boots and process namespaces apart
+    pid INTEGER NOT NULL,
+    process_started TEXT NOT NULL,     -- tells a process from a later one with the same pid
+    started_at REAL NOT NULL,
+    heartbeat_at REAL NOT NULL,
+    lease_until REAL NOT NULL,
+    ended_at REAL,
+    end_reason TEXT,
+    aiomonitor_port INTEGER,
+    num_stalls INTEGER NOT NULL DEFAULT 0,
+    num_slow_callbacks INTEGER NOT NULL DEFAULT 0,
+    diagnosis TEXT                     -- the last stall, for people
+);
+
+-- One row per try of a rollout: (question, attempt, retry).
+CREATE TABLE task (
+    id INTEGER PRIMARY KEY,
+    eval_id INTEGER NOT NULL REFERENCES eval (id),
+    question_id TEXT NOT NULL,
+    attempt_id INTEGER NOT NULL,
+    retry_idx INTEGER NOT NULL,
+    position INTEGER NOT NULL,         -- in the order of get_tasks; a retry keeps it
+    state INTEGER NOT NULL DEFAULT 0,
+    not_before REAL NOT NULL DEFAULT 0,
+    executor_id INTEGER,
+    claims INTEGER NOT NULL DEFAULT 0, -- times claimed; an answer to an older claim is dropped
+    losses INTEGER NOT NULL DEFAULT 0, -- times its executor died while the run went on
+    started_at REAL,
+    finished_at REAL,
+    score REAL,
+    error_type TEXT,
+    error_message TEXT,
+    traceback TEXT,
+    task_preview TEXT,                 -- JSON, cut to a few KB
+    result_preview TEXT
+);
+CREATE UNIQUE INDEX task_name ON task (eval_id, question_id, attempt_id, retry_idx);
+CREATE INDEX task_queued ON task (eval_id, not_before, id) WHERE state = 0;
+CREATE INDEX task_running ON task (eval_id, executor_id) WHERE state = 1;
+
+-- Pickles live apart, so that columns are read without reading past them.
+CREATE TABLE task_payload (task_id INTEGER PRIMARY KEY, payload BLOB NOT NULL);
+
+-- One row per counted outcome, in the order of commits: `seq` is a cursor.
+CREATE TABLE result (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    eval_id INTEGER NOT NULL,
+    task_id INTEGER NOT NULL,
+    payload BLOB NOT NULL
+);
+"""
+
+MIGRATIONS = (_INITIAL,)
+
+
+class NewerSchemaError(RuntimeError):
+    """A database was written by a newer nanoeval than this one."""
+
+
+def library_version() -> str:
+    """The installed version of nanoeval."""
+    try:
+        return version("nanoeval")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def migrate(db: sqlite3.Connection, path: str) -> None:
+    """Bring the database to this version's schema, step by step.
+
+    Raises NewerSchemaError for a file of a later schema, naming the version that wrote it.
+    """
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    refuse_newer(db, path)
+    for number, script in enumerate(MIGRATIONS[found:], start=found + 1):
+        # Another process may be at the same step; whoever gets the lock second finds it done.
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            (current,) = db.execute("PRAGMA user_version").fetchone()
+            if current < number:
+                for statement in script.split(";\n"):
+                    if statement.strip():
+                        db.execute(statement)
+                db.execute(f"PRAGMA user_version = {number}")
+            db.execute("COMMIT")
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
+
+
+def refuse_newer(db: sqlite3.Connection, path: str) -> None:
+    """Raise NewerSchemaError if the file's schema is later than this version's."""
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    if found > len(MIGRATIONS):
+        row = db.execute("SELECT nanoeval_version FROM run_set").fetchone()
+        raise NewerSchemaError(
+            f"{path} has schema {found}, written by nanoeval {row[0] if row else 'of unknown version'};"
+            f" this is {library_version()}, which reads up to schema {len(MIGRATIONS)}."
+            " The file was left as it is; install that version or a later one to use it"
+        )

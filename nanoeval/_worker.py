@@ -1,0 +1,334 @@
+"""Runs the rollouts of one eval in one process: claim, evaluate, finish. Knows no SQL.
+
+A worker hands in what is finished and claims more in one transaction (`Store.exchange`), while the
+rollouts it has go on. How many it may have is the store's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+
+from nanoeval import _codec, _outcomes, _schema
+from nanoeval._store import Claim, Exchange, Finish, Progress, Store, StoreError
+from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
+from nanoeval.recorder import set_default_recorder
+from nanoeval.recorder_protocol import RecorderProtocol
+
+T = TypeVar("T")
+
+# Enough to make a transaction worth its cost, few enough to overlap it with rollouts.
+CLAIM_BATCH = 512
+# With nothing claimed, look again this often for what other processes put back or change.
+FIRST_POLL = 0.005
+LONGEST_POLL = 0.25
+LONGEST_BACKOFF = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One eval as a worker needs it."""
+
+    eval_id: int
+    run_id: str
+    eval: Eval[Any, Any]
+    runner: RunnerArgs
+    recorder: RecorderProtocol
+
+
+class FatalRolloutError(Exception):
+    """`evaluate` raised what ends the run. `error` is the exception, `task_name` its task."""
+
+    def __init__(self, task_name: str, error: BaseException) -> None:
+        super().__init__(task_name, error)
+        self.task_name = task_name
+        self.error = error
+
+
+class TooManyFailuresError(RuntimeError):
+    """More rollouts raised unexpected exceptions than `fail_on_error` allows."""
+
+
+class Worker:
+    """Serves one eval until it is done; see `serve`."""
+
+    def __init__(
+        self,
+        store: Store,
+        executor_id: int,
+        job: Job,
+        num_sharers: int = 1,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._store = store
+        self._executor_id = executor_id
+        self._job = job
+        self._num_sharers = num_sharers
+        self._on_progress = on_progress
+        # A process takes its share only, so that what one process cannot keep up with another can.
+        concurrency = job.runner.concurrency
+        self._capacity = (
+            math.inf if concurrency is None else max(1, math.ceil(concurrency / num_sharers))
+        )
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._started_at: dict[int, tuple[str, float]] = {}
+        self._finished: list[Finish] = []
+        self._something_finished = asyncio.Event()
+        self._is_stopping = False
+        self._fatal: list[FatalRolloutError] = []
+
+    def rollouts_in_flight(self) -> list[tuple[str, float]]:
+        """(task name, start time) of the rollouts at work, oldest first. Safe from any thread."""
+        return sorted(self._started_at.copy().values(), key=lambda item: item[1])
+
+    async def serve(self) -> None:
+        """Run rollouts until the eval is done or no longer running.
+
+        However this ends, rollouts at work are cancelled and awaited, finished ones are handed in
+        and claims are given back. Raises a group of FatalRolloutErrors if `evaluate` ended the
+        run, StoreError if the database failed, and what the eval's `_context` raises.
+        """
+        error: Exception | None = None
+        async with AsyncExitStack() as contexts:
+            try:
+                async with asyncio.TaskGroup() as rollouts:
+                    try:
+                        await self._serve(rollouts, contexts)
+                    except Exception as raised:  # noqa: BLE001 - raised again below, outside the group
+                        error = raised
+                    finally:
+                        # From here on a cancelled rollout is ours, not the eval's own doing.
+                        self._is_stopping = True
+                        for rollout in self._running.values():
+                            rollout.cancel()
+            finally:
+                if not isinstance(error, StoreError):
+                    await _uninterrupted(self._hand_in_rest())
+            if error is not None:
+                raise error
+        if self._fatal:
+            raise ExceptionGroup("rollouts ended the run", self._fatal)
+
+    async def _serve(self, rollouts: asyncio.TaskGroup, contexts: AsyncExitStack) -> None:
+        is_entered = False
+        poll = FIRST_POLL
+        while not self._fatal:
+            wanted = int(min(CLAIM_BATCH, self._capacity - len(self._running)))
+            exchange = await self._exchange(wanted)
+            if exchange.is_lease_lost:
+                await self._drop_all_rollouts()
+                continue
+            progress = exchange.progress
+            self._on_progress(progress)
+            if progress.state != "running" or progress.is_done:
+                return
+            self._stop_if_too_many_failed(progress)
+            if exchange.claims and not is_entered:
+                contexts.enter_context(
+                    set_default_recorder(self._job.recorder, sample_id="", group_id="")
+                )
+                await contexts.enter_async_context(self._job.eval)
+                is_entered = True
+            for claim in exchange.claims:
+                self._running[claim.task_id] = rollouts.create_task(self._rollout(claim))
+            if len(exchange.claims) < wanted or wanted == 0:
+                poll = FIRST_POLL if exchange.claims else min(2 * poll, LONGEST_POLL)
+                await self._wait(exchange.next_due, poll)
+
+    async def _exchange(self, wanted: int) -> Exchange:
+        finished, self._finished = self._finished, []
+        self._something_finished.clear()
+        return await self._store.exchange(
+            self._executor_id, self._job.eval_id, finished, wanted, self._num_sharers
+        )
+
+    async def _wait(self, next_due: float | None, poll: float) -> None:
+        """Wait until a rollout has finished, a queued task is due, or it is time to look again."""
+        timeout = poll if self._num_sharers > 1 else LONGEST_POLL
+        if next_due is not None:
+            timeout = min(timeout, max(next_due - time.time(), FIRST_POLL))
+        try:
+            async with asyncio.timeout(timeout):
+                await self._something_finished.wait()
+        except TimeoutError:
+            return
+        # Let the others that end in this turn of the loop share the transaction.
+        await asyncio.sleep(0)
+
+    async def _drop_all_rollouts(self) -> None:
+        """The claims are void: others run these tasks now."""
+        dropped = list(self._running.values())
+        self._running.clear()
+        for rollout in dropped:
+            rollout.cancel()
+        if dropped:
+            await asyncio.wait(dropped)
+        self._finished.clear()
+
+    async def _hand_in_rest(self) -> None:
+        if self._finished:
+            await self._exchange(wanted=0)
+        await self._store.release(self._executor_id, self._job.eval_id)
+
+    async def _rollout(self, claim: Claim) -> None:
+        """Run one claim to its end. Never raises: what went wrong becomes an outcome."""
+        started_at = time.time()
+        group_id = f"{claim.attempt_id}.{claim.retry_idx}"
+        self._started_at[claim.task_id] = (f"{claim.question_id}.{group_id}", started_at)
+        task = None
+        try:
+            task = _codec.loads(claim.payload)
+            structlog.contextvars.bind_contextvars(
+                run_id=self._job.run_id,
+                question_id=claim.question_id,
+                attempt_id=claim.attempt_id,
+                retry_idx=claim.retry_idx,
+            )
+            if claim.losses > self._job.runner.max_retries:
+                raise _outcomes.LostRolloutError(
+                    f"the worker processes that ran this rollout died {claim.losses} times,"
+                    " most likely because of it (out of memory?)"
+                )
+            with set_default_recorder(self._job.recorder, claim.question_id, group_id):
+                result = await self._evaluate(task)
+                finish = self._scored(claim, started_at, result)
+                self._job.recorder.record_sample_completed()
+        except BaseException as error:  # noqa: BLE001 - the task boundary
+            if self._running.get(claim.task_id) is not asyncio.current_task():
+                return  # the claim was taken back
+            if isinstance(error, asyncio.CancelledError) and self._is_stopping:
+                return  # cancelled by us: the claim is given back
+            finish = self._failed(claim, started_at, task, error)
+        finally:
+            del self._started_at[claim.task_id]
+        if self._running.pop(claim.task_id, None) is not None:
+            self._finished.append(finish)
+            self._something_finished.set()
+
+    async def _evaluate(self, task: Any) -> Any:
+        timeout = self._job.runner.rollout_timeout
+        if timeout is None:
+            return await self._job.eval.evaluate(task)
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                return await self._job.eval.evaluate(task)
+        except TimeoutError as error:
+            if limit.expired():
+                raise RolloutSystemError(
+                    f"the rollout took longer than rollout_timeout={timeout} s"
+                ) from error
+            raise
+
+    def _scored(self, claim: Claim, started_at: float, result: Any) -> Finish:
+        return Finish(
+            claim,
+            _schema.SCORED,
+            started_at,
+            time.time(),
+            payload=_codec.dumps(result, f"the result of task {claim.question_id!r}"),
+            score=_outcomes.score_of(result),
+            preview=_outcomes.preview(result),
+        )
+
+    def _failed(
+        self, claim: Claim, started_at: float, task: Any, error: BaseException
+    ) -> Finish:
+        """The outcome of a rollout that raised: tried again, recorded, or the end of the run."""
+        if isinstance(error, asyncio.CancelledError):
+            error = _with_cause(
+                RolloutSystemError("the rollout was cancelled by the eval's own code"), error
+            )
+        finish = Finish(
+            claim,
+            _schema.FAILED,
+            started_at,
+            time.time(),
+            error_type=type(error).__name__,
+            error_message=str(error),
+            traceback=_outcomes.format_traceback(error),
+        )
+        what = f"the error of task {claim.question_id!r}"
+        if isinstance(error, RolloutSystemError):
+            if claim.retry_idx < self._job.runner.max_retries and task is not None:
+                finish.state = _schema.RETRIED
+                next_try = task.model_copy(update={"retry_idx": claim.retry_idx + 1})
+                finish.retry_payload = _codec.dumps(next_try, f"task {claim.question_id!r}")
+                finish.not_before = time.time() + self._backoff(claim.retry_idx, error)
+            else:
+                finish.payload = _outcomes.dump_error(error, what)
+        elif isinstance(error, Exception) and self._job.runner.fail_on_error is not True:
+            finish.is_unexpected = True
+            stand_in = _outcomes.UnexpectedRolloutError.from_error(error)
+            finish.payload = _outcomes.dump_error(stand_in, what)
+        else:
+            finish.state = _schema.QUEUED
+            name = f"{claim.question_id}.{claim.attempt_id}"
+            self._fatal.append(FatalRolloutError(name, error))
+        self._record_error(finish, error)
+        return finish
+
+    def _record_error(self, finish: Finish, error: BaseException) -> None:
+        claim = finish.claim
+        group_id = f"{claim.attempt_id}.{claim.retry_idx}"
+        try:
+            with set_default_recorder(self._job.recorder, claim.question_id, group_id):
+                self._job.recorder.record_error(
+                    finish.error_message or "",
+                    error if isinstance(error, Exception) else None,
+                    error_type=finish.error_type,
+                    traceback=finish.traceback,
+                    is_retried=finish.state == _schema.RETRIED,
+                )
+        except Exception as recorder_error:  # noqa: BLE001 - a user's recorder, at the task boundary
+            recorder_error.add_note(f"raised by {type(self._job.recorder).__name__}.record_error")
+            self._fatal.append(FatalRolloutError(claim.question_id, recorder_error))
+
+    def _backoff(self, retry_idx: int, error: RolloutSystemError) -> float:
+        """Seconds to the next try: what the error asks for, else doubling waits with full jitter.
+
+        At least half of each wait is kept, so that a server that limits rates does get its rest.
+        """
+        if error.retry_after is not None:
+            return max(0.0, error.retry_after)
+        wait = min(LONGEST_BACKOFF, self._job.runner.retry_backoff * 2.0**retry_idx)
+        return wait * random.uniform(0.5, 1.0)
+
+    def _stop_if_too_many_failed(self, progress: Progress) -> None:
+        share = self._job.runner.fail_on_error
+        if isinstance(share, bool) or progress.num_unexpected <= share * progress.num_tasks:
+            return
+        raise TooManyFailuresError(
+            f"{progress.num_unexpected} of {progress.num_tasks} rollouts failed with unexpected"
+            f" exceptions, more than fail_on_error={share} allows; each stands in the database and"
+            " in the records. Mend the cause and resume, or allow a larger share"
+        )
+
+
+def _with_cause(error: RolloutSystemError, cause: BaseException) -> RolloutSystemError:
+    error.__cause__ = cause
+    return error
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even when the caller is cancelled; pass the cancellation on then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except BaseException:  # noqa: BLE001 - raised by result() below
+            break
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result

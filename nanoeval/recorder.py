@@ -1,0 +1,63 @@
+"""The recorder of the rollout at hand. Knows no particular recorder."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from contextvars import Token
+from typing import Any
+
+from nanoeval._recorder_base import current_recorder
+from nanoeval.library_config import get_library_config
+from nanoeval.recorder_protocol import RecorderConfig, RecorderProtocol
+
+__all__ = ["RecorderProtocol", "dummy_recorder", "get_recorder", "set_default_recorder"]
+
+
+def get_recorder() -> RecorderProtocol:
+    """The recorder of the rollout that the calling code belongs to.
+
+    Raises LookupError outside a rollout.
+    """
+    try:
+        return current_recorder.get()
+    except LookupError:
+        raise LookupError(
+            "there is no current recorder: get_recorder() works inside evaluate() and _context();"
+            " elsewhere use `with set_default_recorder(recorder, sample_id, group_id):`"
+        ) from None
+
+
+class set_default_recorder:
+    """Make `recorder` the one that `get_recorder()` finds inside the block.
+
+    `sample_id` is the question id, `group_id` is `"{attempt_id}.{retry_idx}"`. A class and not a
+    generator, because it is entered for every rollout.
+    """
+
+    __slots__ = ("_context", "_recorder", "_token")
+
+    def __init__(self, recorder: RecorderProtocol, sample_id: str, group_id: str) -> None:
+        self._recorder = recorder
+        self._context: AbstractContextManager[Any] = get_library_config().set_recorder_context(
+            recorder, sample_id, group_id
+        )
+        self._token: Token[RecorderProtocol]
+
+    def __enter__(self) -> None:
+        self._token = current_recorder.set(self._recorder)
+        try:
+            self._context.__enter__()
+        except BaseException:
+            current_recorder.reset(self._token)
+            raise
+
+    def __exit__(self, *exc_info: Any) -> bool | None:
+        try:
+            return self._context.__exit__(*exc_info)
+        finally:
+            current_recorder.reset(self._token)
+
+
+def dummy_recorder(log: bool = True) -> RecorderConfig:
+    """A recorder that keeps nothing; with `log`, samplings are logged at INFO."""
+    return get_library_config().get_dummy_recorder(log)

@@ -1,0 +1,180 @@
+"""Prepares a process for runs: logging, limits, signals, and what runs share. Knows no engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Coroutine, Hashable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextvars import ContextVar, Token
+from typing import Any, Self, TypeVar
+
+from nanoeval.library_config import get_library_config
+from nanoeval.recorder_protocol import uuid
+
+T = TypeVar("T")
+
+EXIT_INTERRUPTED = 130
+
+
+class SharedResources:
+    """What the runs inside one `global_exit_stack` block share: databases and worker processes."""
+
+    def __init__(self) -> None:
+        self.stack = AsyncExitStack()
+        # Runs that name no run set of their own go into one.
+        self.run_set_id = uuid()
+        self._entered: dict[Hashable, asyncio.Future[Any]] = {}
+
+    async def get(self, key: Hashable, resource: AbstractAsyncContextManager[T]) -> T:
+        """Enter `resource` unless one is entered under `key` already; give what it entered to."""
+        if key not in self._entered:
+            entering = self._entered[key] = asyncio.ensure_future(
+                self.stack.enter_async_context(resource)
+            )
+            entering.add_done_callback(lambda done: self._forget_failed(key, done))
+        return await asyncio.shield(self._entered[key])  # type: ignore[no-any-return]
+
+    def _forget_failed(self, key: Hashable, done: asyncio.Future[Any]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            del self._entered[key]
+
+
+_shared: ContextVar[SharedResources | None] = ContextVar("nanoeval_shared", default=None)
+
+
+class GlobalExitStack:
+    """`async with global_exit_stack:` keeps databases and worker processes open between runs.
+
+    May be entered again and again in one process, also inside itself (the inner block then shares
+    with the outer one) and by several tasks at once (each then has its own). What was opened
+    inside is closed at the exit.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: ContextVar[tuple[tuple[SharedResources | None, Token[Any]], ...]] = ContextVar(
+            "nanoeval_blocks", default=()
+        )
+
+    async def __aenter__(self) -> Self:
+        opened = SharedResources() if _shared.get() is None else None
+        token = _shared.set(opened or _shared.get())
+        self._blocks.set((*self._blocks.get(), (opened, token)))
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        *outer, (opened, token) = self._blocks.get()
+        self._blocks.set(tuple(outer))
+        _shared.reset(token)
+        if opened is not None:
+            await opened.stack.aclose()
+
+    async def enter_async_context(self, context: AbstractAsyncContextManager[T]) -> T:
+        """Enter `context` and leave it when the block does. RuntimeError outside a block."""
+        shared = _shared.get()
+        if shared is None:
+            raise RuntimeError("use global_exit_stack inside `async with global_exit_stack:`")
+        return await shared.stack.enter_async_context(context)
+
+
+global_exit_stack = GlobalExitStack()
+
+
+@asynccontextmanager
+async def shared_resource(key: Hashable, resource: AbstractAsyncContextManager[T]) -> Any:
+    """Enter `resource` for this block, or share the block's of `global_exit_stack` around it."""
+    shared = _shared.get()
+    if shared is not None:
+        yield await shared.get(key, resource)
+    else:
+        async with resource as value:
+            yield value
+
+
+def default_run_set_id() -> str:
+    """The run set of runs that name none: one per `global_exit_stack` block, else a fresh one."""
+    shared = _shared.get()
+    return shared.run_set_id if shared is not None else uuid()
+
+
+def nanoeval_entrypoint(coro: Coroutine[Any, Any, T]) -> T:
+    """Run a program's main coroutine and return its result.
+
+    Sets up logging and limits and keeps databases and worker processes between runs. Ctrl-C or
+    SIGTERM cancels the coroutine, so that runs hand in what is finished and print how to resume; a
+    second one exits at once, with status 130.
+    """
+    nanoeval_logging()
+    raise_file_limit()
+    try:
+        return asyncio.run(_main(coro))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
+
+
+async def _main(coro: Coroutine[Any, Any, T]) -> T:
+    main = asyncio.current_task()
+    assert main is not None
+    with _first_signal_cancels(main):
+        async with global_exit_stack:
+            return await coro
+
+
+@contextmanager
+def _first_signal_cancels(task: asyncio.Task[Any]) -> Iterator[None]:
+    """Cancel `task` on the first SIGINT or SIGTERM, and exit at once on the second."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    received: list[int] = []
+
+    # Plain signal handlers, not the loop's: they run even while a rollout blocks the loop.
+    def on_signal(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(EXIT_INTERRUPTED)
+        os.write(2, b"\nStopping: handing in what is finished. Once more to exit at once.\n")
+        loop.call_soon_threadsafe(task.cancel)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def nanoeval_logging() -> None:
+    """Set up logging the way the library_config says."""
+    get_library_config().setup_logging()
+
+
+def raise_file_limit() -> None:
+    """Raise the limit of open files as far as the system lets this process."""
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    # Some systems report an unlimited hard limit and refuse anything above a lower one.
+    for limit in (hard, 1_048_576, 65_536, 10_240):
+        if limit != resource.RLIM_INFINITY and soft != resource.RLIM_INFINITY and limit <= soft:
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
+        except (ValueError, OSError):
+            continue
+
+
+def say(message: str) -> None:
+    """Show a person one message on the terminal (stderr), above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Solvers: what answers a question. `mcq` and `short_answer` bring the evals that use them."""
