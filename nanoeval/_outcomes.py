@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from nanoeval.eval import RolloutSystemError, Task, TResult, TTask
 PREVIEW_CHARS = 4000
 PREVIEW_FIELD_CHARS = 500
 PREVIEW_ITEMS = 20
+_TASK_FIELDS = frozenset(Task.model_fields)  # columns of their own
 
 
 class UnexpectedRolloutError(RolloutSystemError):
@@ -51,7 +53,7 @@ def score_of(result: Any) -> float | None:
         return float(result)
     for name in ("correct", "is_correct", "score"):
         value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
-        if isinstance(value, bool | int | float):
+        if isinstance(value, bool | int | float) and math.isfinite(value):
             return float(value)
     return None
 
@@ -60,13 +62,14 @@ def preview(value: Any) -> str | None:
     """`value` as JSON that a person can read, long parts cut; None for None and bare tasks."""
     if value is None:
         return None
-    if isinstance(value, bool | int):
-        return repr(value).lower() if isinstance(value, bool) else repr(value)
-    readable = _readable(value, depth=0)
+    if value is True or value is False:
+        return "true" if value else "false"
     if isinstance(value, Task):
-        readable = {k: v for k, v in readable.items() if k not in Task.model_fields}
-        if not readable:
+        own = {k: v for k, v in value.__dict__.items() if k not in _TASK_FIELDS}
+        if not own:
             return None
+        value = own
+    readable = _readable(value, depth=0)
     text = json.dumps(readable, ensure_ascii=False, default=str)
     return text if len(text) <= PREVIEW_CHARS else json.dumps(text[:PREVIEW_CHARS] + " …")
 

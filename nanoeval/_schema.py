@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from importlib.metadata import PackageNotFoundError, version
 
-# task.state
+# task.state and outcome.state
 QUEUED = 0
 RUNNING = 1
 SCORED = 2  # evaluate returned; the result is counted
@@ -68,7 +68,7 @@ CREATE TABLE executor (
     diagnosis TEXT                     -- the last stall, for people
 );
 
--- One row per try of a rollout: (question, attempt, retry).
+-- One row per try of a rollout: (question, attempt, retry). Rows keep their size as they change.
 CREATE TABLE task (
     id INTEGER PRIMARY KEY,
     eval_id INTEGER NOT NULL REFERENCES eval (id),
@@ -78,32 +78,55 @@ CREATE TABLE task (
     position INTEGER NOT NULL,         -- in the order of get_tasks; a retry keeps it
     state INTEGER NOT NULL DEFAULT 0,
     not_before REAL NOT NULL DEFAULT 0,
-    executor_id INTEGER,
     claims INTEGER NOT NULL DEFAULT 0, -- times claimed; an answer to an older claim is dropped
     losses INTEGER NOT NULL DEFAULT 0, -- times its executor died while the run went on
-    started_at REAL,
-    finished_at REAL,
+    outcome_seq INTEGER,               -- how it ended last
+    preview TEXT                       -- JSON, cut to a few KB
+);
+CREATE INDEX task_queued ON task (eval_id, not_before, id) WHERE state = 0;
+
+-- Pickles live apart, so that columns are read and changed without touching them.
+CREATE TABLE task_payload (task_id INTEGER PRIMARY KEY, payload BLOB NOT NULL);
+
+-- One row per rollout at work.
+CREATE TABLE claim (
+    task_id INTEGER PRIMARY KEY,
+    eval_id INTEGER NOT NULL,
+    executor_id INTEGER NOT NULL,
+    number INTEGER NOT NULL,           -- task.claims when it was made
+    started_at REAL NOT NULL
+);
+
+-- One row per ended try, in the order of commits: `seq` is a cursor. Only states SCORED and FAILED
+-- count in a summary.
+CREATE TABLE outcome (
+    seq INTEGER PRIMARY KEY,
+    eval_id INTEGER NOT NULL,
+    task_id INTEGER NOT NULL,
+    executor_id INTEGER NOT NULL,
+    state INTEGER NOT NULL,
+    started_at REAL NOT NULL,
+    finished_at REAL NOT NULL,
     score REAL,
+    is_unexpected INTEGER NOT NULL,    -- failed by an exception that was not a system error
     error_type TEXT,
     error_message TEXT,
     traceback TEXT,
-    task_preview TEXT,                 -- JSON, cut to a few KB
-    result_preview TEXT
+    preview TEXT,                      -- of the result, JSON, cut to a few KB
+    payload BLOB                       -- the result, or the error that stands for it
 );
-CREATE UNIQUE INDEX task_name ON task (eval_id, question_id, attempt_id, retry_idx);
-CREATE INDEX task_queued ON task (eval_id, not_before, id) WHERE state = 0;
-CREATE INDEX task_running ON task (eval_id, executor_id) WHERE state = 1;
 
--- Pickles live apart, so that columns are read without reading past them.
-CREATE TABLE task_payload (task_id INTEGER PRIMARY KEY, payload BLOB NOT NULL);
-
--- One row per counted outcome, in the order of commits: `seq` is a cursor.
-CREATE TABLE result (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    eval_id INTEGER NOT NULL,
-    task_id INTEGER NOT NULL,
-    payload BLOB NOT NULL
-);
+-- Everything about a try that a person may want to see.
+CREATE VIEW try AS
+SELECT t.id, t.eval_id, t.question_id, t.attempt_id, t.retry_idx, t.position, t.state,
+    t.not_before, t.claims, t.losses, t.preview AS task_preview,
+    coalesce(c.executor_id, o.executor_id) AS executor_id,
+    coalesce(c.started_at, o.started_at) AS started_at,
+    o.finished_at, o.score, o.error_type, o.error_message, o.traceback,
+    o.preview AS result_preview
+FROM task AS t
+    LEFT JOIN claim AS c ON c.task_id = t.id
+    LEFT JOIN outcome AS o ON o.seq = t.outcome_seq;
 """
 
 MIGRATIONS = (_INITIAL,)

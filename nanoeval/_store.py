@@ -2,19 +2,24 @@
 
 Knows bytes, not what they mean: nothing here is unpickled. All times are seconds since the epoch.
 One connection per process writes, on a thread of its own; a call is one transaction.
+
+Many rows travel as one statement: their columns as a JSON array, their pickles as one blob with
+the extent of each. The statement then runs without Python's lock, beside the rollouts; row by row,
+each row would wait for the lock anew.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import aiosqlite
 
@@ -65,13 +70,13 @@ UPDATE executor SET num_stalls = num_stalls + :stalls,
     aiomonitor_port = coalesce(:aiomonitor_port, aiomonitor_port)
 WHERE id = :executor_id"""
 
-REQUEUE_OF_EXECUTOR = """
-UPDATE task SET state = 0, executor_id = NULL, losses = losses + :losses
-WHERE state = 1 AND executor_id = :executor_id"""
-
-REQUEUE_OF_EVAL = """
-UPDATE task SET state = 0, executor_id = NULL
-WHERE state = 1 AND executor_id = :executor_id AND eval_id = :eval_id"""
+PUT_BACK_CLAIMED = """
+UPDATE task SET state = 0, losses = losses + :losses
+WHERE id IN (
+    SELECT c.task_id FROM claim AS c
+    WHERE c.executor_id = :executor_id AND (:eval_id IS NULL OR c.eval_id = :eval_id))"""
+DROP_CLAIMS = """
+DELETE FROM claim WHERE executor_id = :executor_id AND (:eval_id IS NULL OR eval_id = :eval_id)"""
 
 ADD_EVAL = """
 INSERT INTO eval (name, model_name, state, concurrency, created_at, spec)
@@ -79,15 +84,24 @@ VALUES (:name, :model_name, 'queueing', :concurrency, :now, :spec)"""
 
 LAST_TASK_ID = "SELECT coalesce(max(t.id), 0) FROM task AS t"
 
-ADD_TASK = """
-INSERT INTO task (id, eval_id, question_id, attempt_id, retry_idx, position, task_preview)
-VALUES (:id, :eval_id, :question_id, :attempt_id, :retry_idx, :position, :task_preview)"""
+# Each of :rows is [question_id, attempt_id, retry_idx, preview, start, length].
+ADD_TASKS = """
+INSERT INTO task (id, eval_id, position, question_id, attempt_id, retry_idx, preview)
+SELECT :first_id + j.key, :eval_id, :first_position + j.key, json_extract(j.value, '$[0]'),
+    json_extract(j.value, '$[1]'), json_extract(j.value, '$[2]'), json_extract(j.value, '$[3]')
+FROM json_each(:rows) AS j"""
 
-ADD_TASK_PAYLOAD = "INSERT INTO task_payload (task_id, payload) VALUES (:id, :payload)"
+ADD_TASK_PAYLOADS = """
+INSERT INTO task_payload (task_id, payload)
+SELECT :first_id + j.key,
+    substr(:payloads, json_extract(j.value, '$[4]'), json_extract(j.value, '$[5]'))
+FROM json_each(:rows) AS j"""
 
-FIND_TASK = """
-SELECT 1 FROM task AS t WHERE t.eval_id = :eval_id AND t.question_id = :question_id
-    AND t.attempt_id = :attempt_id AND t.retry_idx = :retry_idx"""
+# Once per eval: an index that refuses duplicates would cost more for each task.
+DUPLICATES = """
+SELECT t.question_id, t.attempt_id, t.retry_idx FROM task AS t WHERE t.eval_id = :eval_id
+GROUP BY t.question_id, t.attempt_id, t.retry_idx HAVING count(*) > 1
+ORDER BY min(t.id) LIMIT 6"""
 
 START_EVAL = """
 UPDATE eval SET run_id = :run_id, recorder = :recorder, records = :records, state = 'running',
@@ -115,51 +129,65 @@ DELETE_EVAL = "DELETE FROM eval WHERE id = :eval_id"
 PROGRESS = """
 SELECT e.state, e.concurrency, e.num_tasks, e.num_scored, e.num_failed, e.num_retried,
     e.num_unexpected, e.num_with_score, e.score_sum,
-    (SELECT count(*) FROM task AS t WHERE t.eval_id = e.id AND t.state = 1) AS num_running
+    (SELECT count(*) FROM claim AS c WHERE c.eval_id = e.id) AS num_running
 FROM eval AS e WHERE e.id = :eval_id"""
 
+# An answer to a claim that was taken back finds no row, and is dropped.
+# Each of :rows is [task_id, number, state, started_at, finished_at, score, is_unexpected,
+# error_type, error_message, traceback, preview, start, length].
+HELD_CLAIMS = """
+SELECT json_group_array(c.task_id)
+FROM json_each(:rows) AS j JOIN claim AS c ON c.task_id = json_extract(j.value, '$[0]')
+WHERE c.executor_id = :executor_id AND c.number = json_extract(j.value, '$[1]')"""
+
+LAST_OUTCOME = "SELECT coalesce(max(o.seq), 0) FROM outcome AS o"
+ADD_OUTCOMES = """
+INSERT INTO outcome (seq, eval_id, task_id, executor_id, state, started_at, finished_at, score,
+    is_unexpected, error_type, error_message, traceback, preview, payload)
+SELECT :last_seq + 1 + j.key, :eval_id, json_extract(j.value, '$[0]'), :executor_id,
+    json_extract(j.value, '$[2]'), json_extract(j.value, '$[3]'), json_extract(j.value, '$[4]'),
+    json_extract(j.value, '$[5]'), json_extract(j.value, '$[6]'), json_extract(j.value, '$[7]'),
+    json_extract(j.value, '$[8]'), json_extract(j.value, '$[9]'), json_extract(j.value, '$[10]'),
+    substr(:payloads, json_extract(j.value, '$[11]'), json_extract(j.value, '$[12]'))
+FROM json_each(:rows) AS j"""
+
+# The rest follows from the rows just added.
+END_CLAIMS = """
+DELETE FROM claim WHERE task_id IN (SELECT o.task_id FROM outcome AS o WHERE o.seq > :last_seq)"""
+
+FINISH_TASKS = """
+UPDATE task SET state = o.state, outcome_seq = o.seq
+FROM outcome AS o WHERE o.seq > :last_seq AND task.id = o.task_id"""
+
 COUNT_OUTCOMES = """
-UPDATE eval SET num_scored = num_scored + :scored, num_failed = num_failed + :failed,
-    num_retried = num_retried + :retried, num_unexpected = num_unexpected + :unexpected,
-    num_with_score = num_with_score + :with_score, score_sum = score_sum + :score_sum
+UPDATE eval SET num_scored = num_scored + n.scored, num_failed = num_failed + n.failed,
+    num_retried = num_retried + n.retried, num_unexpected = num_unexpected + n.unexpected,
+    num_with_score = num_with_score + n.with_score, score_sum = score_sum + n.sum
+FROM (
+    SELECT coalesce(sum(o.state = 2), 0) AS scored, coalesce(sum(o.state = 4), 0) AS failed,
+        coalesce(sum(o.state = 3), 0) AS retried, coalesce(sum(o.is_unexpected), 0) AS unexpected,
+        count(o.score) AS with_score, coalesce(sum(o.score), 0) AS sum
+    FROM outcome AS o WHERE o.seq > :last_seq) AS n
 WHERE id = :eval_id"""
-
-# Both check that the claim still holds: an answer to a claim that was taken back is dropped.
-ADD_RESULT = """
-INSERT INTO result (eval_id, task_id, payload)
-SELECT t.eval_id, t.id, :payload FROM task AS t
-WHERE t.id = :task_id AND t.state = 1 AND t.executor_id = :executor_id AND t.claims = :claim"""
-
-FINISH_TASK = """
-UPDATE task SET state = :state, started_at = :started_at, finished_at = :finished_at,
-    score = :score, result_preview = :preview, error_type = :error_type,
-    error_message = :error_message, traceback = :traceback
-WHERE id = :task_id AND state = 1 AND executor_id = :executor_id AND claims = :claim"""
-
-LAST_RESULT = "SELECT coalesce(max(r.seq), 0) FROM result AS r"
-TASKS_WITH_RESULT_SINCE = "SELECT r.task_id FROM result AS r WHERE r.seq > :seq"
 
 ADD_RETRY = """
 INSERT INTO task
-    (id, eval_id, question_id, attempt_id, retry_idx, position, task_preview, not_before)
-SELECT :id, t.eval_id, t.question_id, t.attempt_id, t.retry_idx + 1, t.position, t.task_preview,
+    (id, eval_id, question_id, attempt_id, retry_idx, position, preview, not_before)
+SELECT :id, t.eval_id, t.question_id, t.attempt_id, t.retry_idx + 1, t.position, t.preview,
     :not_before
 FROM task AS t WHERE t.id = :task_id"""
 
-# The error stays readable on the row, and the try is made again when the run is resumed.
-PUT_BACK_WITH_ERROR = """
-UPDATE task SET state = 0, executor_id = NULL, error_type = :error_type,
-    error_message = :error_message, traceback = :traceback
-WHERE id = :task_id AND state = 1 AND executor_id = :executor_id AND claims = :claim"""
-
 CLAIM = """
-UPDATE task SET state = 1, executor_id = :executor_id, claims = claims + 1, started_at = :now
+UPDATE task SET state = 1, claims = claims + 1
 WHERE id IN (
     SELECT t.id FROM task AS t
     WHERE t.eval_id = :eval_id AND t.state = 0 AND t.not_before <= :now
     ORDER BY t.not_before, t.id LIMIT :limit)
 RETURNING id, eval_id, claims, question_id, attempt_id, retry_idx, losses,
     (SELECT p.payload FROM task_payload AS p WHERE p.task_id = task.id)"""
+ADD_CLAIM = """
+INSERT INTO claim (task_id, eval_id, executor_id, number, started_at)
+VALUES (:task_id, :eval_id, :executor_id, :number, :now)"""
 
 NEXT_DUE = "SELECT min(t.not_before) FROM task AS t WHERE t.eval_id = :eval_id AND t.state = 0"
 
@@ -170,11 +198,11 @@ SELECT e.id, e.run_id, e.name, e.state, e.num_tasks, e.num_scored, e.num_failed,
 FROM eval AS e ORDER BY e.id"""
 
 RESULTS_SINCE = """
-SELECT r.seq, t.position, p.payload, r.payload
-FROM result AS r
-    JOIN task AS t ON t.id = r.task_id
-    JOIN task_payload AS p ON p.task_id = r.task_id
-WHERE r.eval_id = :eval_id AND r.seq > :seq ORDER BY r.seq LIMIT :limit"""
+SELECT o.seq, t.position, p.payload, o.payload
+FROM outcome AS o
+    JOIN task AS t ON t.id = o.task_id
+    JOIN task_payload AS p ON p.task_id = o.task_id
+WHERE o.seq > :seq AND o.eval_id = :eval_id AND o.state IN (2, 4) ORDER BY o.seq LIMIT :limit"""
 
 
 class StoreError(RuntimeError):
@@ -185,13 +213,12 @@ class DuplicateTaskError(ValueError):
     """An eval listed the same (question, attempt, retry) twice."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A task this executor may run now, until its lease ends."""
 
     task_id: int
     eval_id: int
-    claim: int
+    number: int
     question_id: str
     attempt_id: int
     retry_idx: int
@@ -199,8 +226,7 @@ class Claim:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class NewTask:
+class NewTask(NamedTuple):
     """A task to be queued."""
 
     question_id: str
@@ -232,22 +258,6 @@ class Finish:
     is_unexpected: bool = False
     retry_payload: bytes | None = None
     not_before: float = 0.0
-
-    def row(self, executor_id: int) -> dict[str, Any]:
-        return {
-            "task_id": self.claim.task_id,
-            "claim": self.claim.claim,
-            "executor_id": executor_id,
-            "state": self.state,
-            "started_at": self.started_at,
-            "finished_at": self.finished_at,
-            "payload": self.payload,
-            "score": self.score,
-            "preview": self.preview,
-            "error_type": self.error_type,
-            "error_message": self.error_message,
-            "traceback": self.traceback,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,21 +441,36 @@ class Store:
         return eval_id
 
     async def add_tasks(self, eval_id: int, first_position: int, tasks: Sequence[NewTask]) -> None:
-        """Queue tasks as one transaction, in their order.
-
-        Raises DuplicateTaskError, naming the first of them, and queues none of `tasks` then.
-        """
+        """Queue tasks as one transaction, in their order; they can be claimed after `start_eval`."""
+        payloads = [task.payload for task in tasks]
+        rows = [
+            (task.question_id, task.attempt_id, task.retry_idx, task.preview, start, length)
+            for task, (start, length) in zip(tasks, _with_extents(payloads), strict=True)
+        ]
         await self._write(
-            partial(_add_tasks, eval_id=eval_id, first_position=first_position, tasks=tasks)
+            partial(
+                _add_tasks,
+                eval_id=eval_id,
+                first_position=first_position,
+                rows=_to_json(rows),
+                payloads=b"".join(payloads),
+            )
         )
-
-    async def delete_tasks(self, eval_id: int) -> None:
-        """Take all tasks of an eval out again."""
-        await self._write(partial(_delete_tasks, eval_id=eval_id))
 
     async def delete_eval(self, eval_id: int) -> None:
         """Take an eval out again, with its tasks."""
         await self._write(partial(_delete_eval, eval_id=eval_id))
+
+    async def refuse_duplicates(self, eval_id: int) -> None:
+        """Raise DuplicateTaskError if a (question, attempt, retry) was queued twice."""
+        rows = await self._read(lambda db: db.execute(DUPLICATES, {"eval_id": eval_id}).fetchall())
+        if rows:
+            shown = ", ".join(f"({q!r}, {a}, {r})" for q, a, r in rows[:5])
+            raise DuplicateTaskError(
+                f"get_tasks() listed the same (question_id, attempt_id, retry_idx) twice: {shown}"
+                f"{' and more' if len(rows) > 5 else ''}; give repeated attempts of a question"
+                " different attempt_ids"
+            )
 
     async def start_eval(
         self, eval_id: int, run_id: str, recorder: bytes | None, records: str | None
@@ -524,8 +549,7 @@ class Store:
 
     async def release(self, executor_id: int, eval_id: int) -> None:
         """Put back what an executor has claimed of an eval and will not run."""
-        row = {"executor_id": executor_id, "eval_id": eval_id}
-        await self._write(lambda db: db.execute(REQUEUE_OF_EVAL, row))
+        await self._write(partial(_put_back, executor_id=executor_id, eval_id=eval_id))
 
     async def results_since(
         self, eval_id: int, seq: int = 0
@@ -614,9 +638,18 @@ def _add_executor(db: sqlite3.Connection, role: str, lease: float) -> int:
 def _end_executor(
     db: sqlite3.Connection, executor_id: int, reason: str, losses: int = 0
 ) -> int:
-    row = {"executor_id": executor_id, "reason": reason, "now": time.time(), "losses": losses}
+    row = {"executor_id": executor_id, "reason": reason, "now": time.time()}
     db.execute(END_EXECUTOR, row)
-    return db.execute(REQUEUE_OF_EXECUTOR, row).rowcount
+    return _put_back(db, executor_id, losses=losses)
+
+
+def _put_back(
+    db: sqlite3.Connection, executor_id: int, eval_id: int | None = None, losses: int = 0
+) -> int:
+    """Requeue what an executor has claimed, of one eval or of all; returns how many tasks."""
+    row = {"executor_id": executor_id, "eval_id": eval_id, "losses": losses}
+    db.execute(PUT_BACK_CLAIMED, row)
+    return db.execute(DROP_CLAIMS, row).rowcount
 
 
 def _live_executors(db: sqlite3.Connection) -> list[tuple[int, str, ProcessIdentity, float]]:
@@ -641,54 +674,34 @@ def _reap(db: sqlite3.Connection) -> list[tuple[ProcessIdentity, int]]:
 
 
 def _add_tasks(
-    db: sqlite3.Connection, eval_id: int, first_position: int, tasks: Sequence[NewTask]
+    db: sqlite3.Connection, eval_id: int, first_position: int, rows: str, payloads: bytes
 ) -> None:
     (last_id,) = db.execute(LAST_TASK_ID).fetchone()
-    rows = [
-        {
-            "id": last_id + 1 + index,
-            "eval_id": eval_id,
-            "question_id": task.question_id,
-            "attempt_id": task.attempt_id,
-            "retry_idx": task.retry_idx,
-            "position": first_position + index,
-            "task_preview": task.preview,
-            "payload": task.payload,
-        }
-        for index, task in enumerate(tasks)
-    ]
-    try:
-        db.executemany(ADD_TASK, rows)
-    except sqlite3.IntegrityError as error:
-        db.execute("ROLLBACK")
-        raise DuplicateTaskError(_describe_duplicates(db, rows)) from error
-    db.executemany(ADD_TASK_PAYLOAD, rows)
+    row = {
+        "first_id": last_id + 1,
+        "eval_id": eval_id,
+        "first_position": first_position,
+        "rows": rows,
+        "payloads": payloads,
+    }
+    db.execute(ADD_TASKS, row)
+    db.execute(ADD_TASK_PAYLOADS, row)
 
 
-def _describe_duplicates(db: sqlite3.Connection, rows: list[dict[str, Any]]) -> str:
-    seen: set[tuple[str, int, int]] = set()
-    duplicates = []
-    for row in rows:
-        key = (row["question_id"], row["attempt_id"], row["retry_idx"])
-        if key in seen or db.execute(FIND_TASK, row).fetchone():
-            duplicates.append(key)
-        seen.add(key)
-    shown = ", ".join(f"({q!r}, {a}, {r})" for q, a, r in duplicates[:5])
-    return (
-        f"get_tasks() listed the same (question_id, attempt_id, retry_idx) twice: {shown}"
-        f"{' and more' if len(duplicates) > 5 else ''}; give repeated attempts of a question"
-        " different attempt_ids"
-    )
-
-
-def _delete_tasks(db: sqlite3.Connection, eval_id: int) -> None:
-    db.execute(DELETE_TASK_PAYLOADS, {"eval_id": eval_id})
-    db.execute(DELETE_TASKS, {"eval_id": eval_id})
+def _with_extents(payloads: Iterable[bytes | None]) -> Iterator[tuple[int | None, int | None]]:
+    """Where each payload lies in all of them joined: SQL's substr counts from 1."""
+    start = 1
+    for payload in payloads:
+        if payload is None:
+            yield None, None
+        else:
+            yield start, len(payload)
+            start += len(payload)
 
 
 def _delete_eval(db: sqlite3.Connection, eval_id: int) -> None:
-    _delete_tasks(db, eval_id)
-    db.execute(DELETE_EVAL, {"eval_id": eval_id})
+    for statement in (DELETE_TASK_PAYLOADS, DELETE_TASKS, DELETE_EVAL):
+        db.execute(statement, {"eval_id": eval_id})
 
 
 def _restart_eval(db: sqlite3.Connection, eval_id: int) -> None:
@@ -714,7 +727,7 @@ def _exchange(
     if db.execute(RENEW_LOST_LEASE, row).rowcount:
         return Exchange([], _progress(db, eval_id), None, is_lease_lost=True)
     if finishes:
-        _commit_finishes(db, executor_id, finishes)
+        _commit_finishes(db, executor_id, eval_id, finishes)
     progress = _progress(db, eval_id)
     free = wanted
     if progress.concurrency is not None:
@@ -725,42 +738,73 @@ def _exchange(
     claims: list[Claim] = []
     if free > 0 and progress.state == "running" and not progress.is_done:
         rows = db.execute(CLAIM, row | {"limit": free}).fetchall()
-        # RETURNING promises no order.
-        claims = sorted((Claim(*columns) for columns in rows), key=lambda c: c.task_id)
+        rows.sort()  # by id: RETURNING promises no order
+        claims = [Claim(*columns) for columns in rows]
+        db.executemany(ADD_CLAIM, [_claim_row(claim, executor_id, now) for claim in claims])
     next_due = None
     if len(claims) < wanted:
         (next_due,) = db.execute(NEXT_DUE, row).fetchone()
     return Exchange(claims, progress, next_due)
 
 
+def _claim_row(claim: Claim, executor_id: int, now: float) -> dict[str, Any]:
+    return {
+        "task_id": claim.task_id,
+        "eval_id": claim.eval_id,
+        "executor_id": executor_id,
+        "number": claim.number,
+        "now": now,
+    }
+
+
 def _commit_finishes(
-    db: sqlite3.Connection, executor_id: int, finishes: Sequence[Finish]
+    db: sqlite3.Connection, executor_id: int, eval_id: int, finishes: Sequence[Finish]
 ) -> None:
-    counted = [f for f in finishes if f.state in (_schema.SCORED, _schema.FAILED)]
-    if counted:
-        rows = [f.row(executor_id) for f in counted]
-        (seq,) = db.execute(LAST_RESULT).fetchone()
-        if db.executemany(ADD_RESULT, rows).rowcount < len(rows):
-            accepted = {id for (id,) in db.execute(TASKS_WITH_RESULT_SINCE, {"seq": seq})}
-            counted = [f for f in counted if f.claim.task_id in accepted]
-        db.executemany(FINISH_TASK, rows)
-    retried = [f for f in finishes if f.state == _schema.RETRIED and _retry(db, executor_id, f)]
+    row = {
+        "executor_id": executor_id,
+        "eval_id": eval_id,
+        "rows": _to_json(_outcome_rows(finishes)),
+    }
+    held = json.loads(db.execute(HELD_CLAIMS, row).fetchone()[0])
+    if len(held) < len(finishes):
+        still_held = set(held)
+        accepted = [f for f in finishes if f.claim.task_id in still_held]
+        if accepted:
+            _commit_finishes(db, executor_id, eval_id, accepted)
+        return
+    (row["last_seq"],) = db.execute(LAST_OUTCOME).fetchone()
+    row["payloads"] = b"".join(f.payload for f in finishes if f.payload is not None)
+    for statement in (ADD_OUTCOMES, END_CLAIMS, FINISH_TASKS, COUNT_OUTCOMES):
+        db.execute(statement, row)
     for finish in finishes:
-        if finish.state == _schema.QUEUED:
-            db.execute(PUT_BACK_WITH_ERROR, finish.row(executor_id))
-    for eval_id in {f.claim.eval_id for f in finishes}:
-        db.execute(
-            COUNT_OUTCOMES,
-            _count(
-                eval_id, (f for f in [*counted, *retried] if f.claim.eval_id == eval_id)
-            ),
+        if finish.state == _schema.RETRIED:
+            _add_retry(db, finish)
+
+
+def _outcome_rows(finishes: Sequence[Finish]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            f.claim.task_id,
+            f.claim.number,
+            f.state,
+            f.started_at,
+            f.finished_at,
+            f.score,
+            f.is_unexpected,
+            f.error_type,
+            f.error_message,
+            f.traceback,
+            f.preview,
+            start,
+            length,
         )
+        for f, (start, length) in zip(
+            finishes, _with_extents(f.payload for f in finishes), strict=True
+        )
+    ]
 
 
-def _retry(db: sqlite3.Connection, executor_id: int, finish: Finish) -> bool:
-    """Close a failed try and queue the next; False if the claim no longer held."""
-    if db.execute(FINISH_TASK, finish.row(executor_id)).rowcount == 0:
-        return False
+def _add_retry(db: sqlite3.Connection, finish: Finish) -> None:
     (last_id,) = db.execute(LAST_TASK_ID).fetchone()
     row = {
         "id": last_id + 1,
@@ -770,20 +814,11 @@ def _retry(db: sqlite3.Connection, executor_id: int, finish: Finish) -> bool:
     }
     db.execute(ADD_RETRY, row)
     db.execute(ADD_TASK_PAYLOAD, row)
-    return True
 
 
-def _count(eval_id: int, finishes: Iterable[Finish]) -> dict[str, Any]:
-    counts = {"eval_id": eval_id, "scored": 0, "failed": 0, "retried": 0, "unexpected": 0}
-    counts |= {"with_score": 0, "score_sum": 0.0}
-    names = {_schema.SCORED: "scored", _schema.FAILED: "failed", _schema.RETRIED: "retried"}
-    for finish in finishes:
-        counts[names[finish.state]] += 1
-        counts["unexpected"] += finish.is_unexpected
-        if finish.score is not None:
-            counts["with_score"] += 1
-            counts["score_sum"] += finish.score
-    return counts
+def _to_json(rows: list[tuple[Any, ...]]) -> str:
+    """`rows` for json_each. SQLite's strings end at a NUL, which none of ours needs."""
+    return json.dumps(rows).replace("\\u0000", "\\ufffd")
 
 
 class Heartbeat:

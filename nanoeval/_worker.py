@@ -15,8 +15,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import structlog
-
 from nanoeval import _codec, _outcomes, _schema
 from nanoeval._store import Claim, Exchange, Finish, Progress, Store, StoreError
 from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
@@ -183,22 +181,21 @@ class Worker:
         started_at = time.time()
         group_id = f"{claim.attempt_id}.{claim.retry_idx}"
         self._started_at[claim.task_id] = (f"{claim.question_id}.{group_id}", started_at)
-        task = None
+        timeout = self._job.runner.rollout_timeout
+        task = limit = None
         try:
             task = _codec.loads(claim.payload)
-            structlog.contextvars.bind_contextvars(
-                run_id=self._job.run_id,
-                question_id=claim.question_id,
-                attempt_id=claim.attempt_id,
-                retry_idx=claim.retry_idx,
-            )
             if claim.losses > self._job.runner.max_retries:
                 raise _outcomes.LostRolloutError(
                     f"the worker processes that ran this rollout died {claim.losses} times,"
                     " most likely because of it (out of memory?)"
                 )
             with set_default_recorder(self._job.recorder, claim.question_id, group_id):
-                result = await self._evaluate(task)
+                if timeout is None:
+                    result = await self._job.eval.evaluate(task)
+                else:
+                    async with asyncio.timeout(timeout) as limit:
+                        result = await self._job.eval.evaluate(task)
                 finish = self._scored(claim, started_at, result)
                 self._job.recorder.record_sample_completed()
         except BaseException as error:  # noqa: BLE001 - the task boundary
@@ -206,26 +203,17 @@ class Worker:
                 return  # the claim was taken back
             if isinstance(error, asyncio.CancelledError) and self._is_stopping:
                 return  # cancelled by us: the claim is given back
+            if limit is not None and limit.expired() and isinstance(error, TimeoutError):
+                error = _with_cause(
+                    RolloutSystemError(f"the rollout took longer than rollout_timeout={timeout} s"),
+                    error,
+                )
             finish = self._failed(claim, started_at, task, error)
         finally:
             del self._started_at[claim.task_id]
         if self._running.pop(claim.task_id, None) is not None:
             self._finished.append(finish)
             self._something_finished.set()
-
-    async def _evaluate(self, task: Any) -> Any:
-        timeout = self._job.runner.rollout_timeout
-        if timeout is None:
-            return await self._job.eval.evaluate(task)
-        try:
-            async with asyncio.timeout(timeout) as limit:
-                return await self._job.eval.evaluate(task)
-        except TimeoutError as error:
-            if limit.expired():
-                raise RolloutSystemError(
-                    f"the rollout took longer than rollout_timeout={timeout} s"
-                ) from error
-            raise
 
     def _scored(self, claim: Claim, started_at: float, result: Any) -> Finish:
         return Finish(

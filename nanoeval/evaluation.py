@@ -145,6 +145,7 @@ async def _queue(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
             num_tasks += len(rows)
         if num_tasks == 0:
             raise ValueError(f"No tasks to evaluate: {name}.get_tasks() returned none")
+        await run_set.store.refuse_duplicates(eval_id)
         if needs_definitions and (definitions := _codec.main_definitions()) is not None:
             await run_set.store.set_definitions(definitions)
     except BaseException:
