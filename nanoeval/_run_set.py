@@ -16,6 +16,7 @@ from nanoeval._process_identity import ProcessIdentity
 from nanoeval._store import Heartbeat, Store
 from nanoeval._worker import Worker
 from nanoeval.fs_paths import database_dir
+from nanoeval.library_config import get_library_config
 from nanoeval.setup import say
 
 ENV_LEASE_SECONDS = "NANOEVAL_LEASE_SECONDS"
@@ -46,6 +47,11 @@ def database_path(run_set_id: str) -> Path:
     return database_dir() / f"{run_set_id}.db"
 
 
+def backup_path(run_set_id: str) -> Path:
+    """Where the copy of a run set's database lies that outlives a cleared /dev/shm."""
+    return Path(get_library_config().writable_root_dir()) / "backups" / f"{run_set_id}.db"
+
+
 def lease_seconds() -> float:
     """How long a claim holds without a sign of life from its executor."""
     text = os.environ.get(ENV_LEASE_SECONDS)
@@ -66,6 +72,8 @@ async def join_run_set(path: Path, role: str) -> AsyncIterator[RunSet]:
     async with Store(path, lease_seconds()) as store:
         await store.create_run_set(path.stem, " ".join(sys.argv))
         executor_id = await store.add_executor(role)
+        # What died before this process came is no sign of a rollout that kills its process.
+        await store.reap(losses=0)
         with Heartbeat(path, executor_id, store.lease, _tell_of_death):
             try:
                 yield RunSet(path.stem, store, executor_id)

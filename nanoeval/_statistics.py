@@ -250,7 +250,7 @@ def join_answer_groups(
         raise ValueError(
             "answer_group_correctness_df says both right and wrong of instance"
             f" {groups_df['instance'].iloc[at]!r}, answer group"
-            f" {groups_df['answer_group_id'].iloc[at]!r}; a group needs one verdict"
+            f" {groups_df['answer_group_id'].iloc[at]}; a group needs one verdict"
         )
     where = np.searchsorted(known, pair[:num_samples])
     found = where < len(known)

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -176,6 +176,8 @@ INSERT INTO task
 SELECT :id, t.eval_id, t.question_id, t.attempt_id, t.retry_idx + 1, t.position, t.preview,
     :not_before
 FROM task AS t WHERE t.id = :task_id"""
+
+ADD_RETRY_PAYLOAD = "INSERT INTO task_payload (task_id, payload) VALUES (:id, :payload)"
 
 CLAIM = """
 UPDATE task SET state = 1, claims = claims + 1
@@ -410,9 +412,9 @@ class Store:
             partial(_end_executor, executor_id=executor_id, reason=reason, losses=losses)
         )
 
-    async def reap(self) -> list[tuple[ProcessIdentity, int]]:
-        """End executors that are dead or past their lease; returns each with its requeued tasks."""
-        return await self._write(_reap)
+    async def reap(self, losses: int) -> None:
+        """End executors that are dead or past their lease; `losses` is added to their tasks."""
+        await self._write(partial(_reap, losses=losses))
 
     async def live_executors(self) -> list[tuple[int, str, ProcessIdentity]]:
         """(id, role, process) of the executors that have neither ended nor been found dead."""
@@ -563,12 +565,6 @@ class Store:
             yield batch
             seq = batch[-1][0]
 
-    async def check_integrity(self) -> None:
-        """Raise StoreError if the file is damaged."""
-        problems = await self._read(lambda db: db.execute("PRAGMA quick_check(1)").fetchall())
-        if problems != [("ok",)]:
-            raise StoreError(_damaged(self.path, problems[0][0]))
-
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         assert self._writer is not None, "the store is closed"
         with self._explained_errors():
@@ -659,16 +655,15 @@ def _live_executors(db: sqlite3.Connection) -> list[tuple[int, str, ProcessIdent
     ]
 
 
-def _reap(db: sqlite3.Connection) -> list[tuple[ProcessIdentity, int]]:
+def _reap(db: sqlite3.Connection, losses: int) -> list[tuple[ProcessIdentity, int]]:
     reaped = []
-    for executor_id, role, process, lease_until in _live_executors(db):
+    for executor_id, _, process, lease_until in _live_executors(db):
         if process.is_known_dead():
             reason = "process died"
         elif lease_until < time.time():
             reason = "lease ran out"
         else:
             continue
-        losses = int(role == "worker")
         reaped.append((process, _end_executor(db, executor_id, reason, losses)))
     return reaped
 
@@ -813,7 +808,7 @@ def _add_retry(db: sqlite3.Connection, finish: Finish) -> None:
         "payload": finish.retry_payload,
     }
     db.execute(ADD_RETRY, row)
-    db.execute(ADD_TASK_PAYLOAD, row)
+    db.execute(ADD_RETRY_PAYLOAD, row)
 
 
 def _to_json(rows: list[tuple[Any, ...]]) -> str:
@@ -870,7 +865,26 @@ class Heartbeat:
             "lease_until": now + self._lease,
         }
         db.execute(BEAT, row)
-        return _reap(db)
+        return _reap(db, losses=1)
+
+
+def check_database(path: Path) -> None:
+    """Look whether a database can be used, without changing or unpickling anything.
+
+    Raises PermissionError if it belongs to someone else, NewerSchemaError if a later version wrote
+    it, StoreError if it is damaged or cannot be read. Blocks: call it in a thread.
+    """
+    check_private(path)
+    try:
+        # Not read-only: the log of a killed process has to be played back first.
+        with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)) as db:
+            _schema.refuse_newer(db, str(path))
+            problems = db.execute("PRAGMA quick_check(1)").fetchall()
+            if problems != [("ok",)]:
+                raise StoreError(_damaged(path, problems[0][0]))
+            db.execute(GET_DEFINITIONS).fetchone()
+    except sqlite3.DatabaseError as error:
+        raise StoreError(explain(error, path)) from error
 
 
 def backup(source: Path, target: Path) -> None:
@@ -879,14 +893,14 @@ def backup(source: Path, target: Path) -> None:
     Blocks: call it in a thread.
     """
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial_copy = target.with_suffix(".partial")
-    partial_copy.unlink(missing_ok=True)
-    partial_copy.touch(mode=0o600)
-    read = sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=BUSY_TIMEOUT)
-    write = sqlite3.connect(partial_copy)
+    partial_copy = target.with_suffix(f".{threading.get_ident()}.partial")
     try:
-        read.backup(write)
+        partial_copy.touch(mode=0o600, exist_ok=False)
+        with (
+            closing(sqlite3.connect(source, timeout=BUSY_TIMEOUT)) as read,
+            closing(sqlite3.connect(partial_copy)) as write,
+        ):
+            read.backup(write)
+        partial_copy.replace(target)
     finally:
-        write.close()
-        read.close()
-    partial_copy.replace(target)
+        partial_copy.unlink(missing_ok=True)

@@ -71,11 +71,7 @@ class Worker:
         self._job = job
         self._num_sharers = num_sharers
         self._on_progress = on_progress
-        # A process takes its share only, so that what one process cannot keep up with another can.
-        concurrency = job.runner.concurrency
-        self._capacity = (
-            math.inf if concurrency is None else max(1, math.ceil(concurrency / num_sharers))
-        )
+        self._capacity = self._share_of(job.runner.concurrency)
         self._running: dict[int, asyncio.Task[None]] = {}
         self._started_at: dict[int, tuple[str, float]] = {}
         self._finished: list[Finish] = []
@@ -119,12 +115,13 @@ class Worker:
         is_entered = False
         poll = FIRST_POLL
         while not self._fatal:
-            wanted = int(min(CLAIM_BATCH, self._capacity - len(self._running)))
+            wanted = max(0, int(min(CLAIM_BATCH, self._capacity - len(self._running))))
             exchange = await self._exchange(wanted)
             if exchange.is_lease_lost:
                 await self._drop_all_rollouts()
                 continue
             progress = exchange.progress
+            self._capacity = self._share_of(progress.concurrency)
             self._on_progress(progress)
             if progress.state != "running" or progress.is_done:
                 return
@@ -140,6 +137,13 @@ class Worker:
             if len(exchange.claims) < wanted or wanted == 0:
                 poll = FIRST_POLL if exchange.claims else min(2 * poll, LONGEST_POLL)
                 await self._wait(exchange.next_due, poll)
+
+    def _share_of(self, concurrency: int | None) -> float:
+        """How many rollouts this process may have, so that what it cannot keep up with others can.
+
+        The store sees to it that all together never have more than `concurrency`.
+        """
+        return math.inf if concurrency is None else math.ceil(concurrency / self._num_sharers)
 
     async def _exchange(self, wanted: int) -> Exchange:
         finished, self._finished = self._finished, []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sqlite3
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,8 +20,8 @@ import chz
 from nanoeval import _codec, _outcomes
 from nanoeval._executors import in_process, processes
 from nanoeval._progress import ProgressBar, progress_bar
-from nanoeval._run_set import RunSet, database_path, join_run_set
-from nanoeval._store import NewTask, StoredEval
+from nanoeval._run_set import RunSet, backup_path, database_path, join_run_set
+from nanoeval._store import NewTask, StoredEval, backup
 from nanoeval._worker import FatalRolloutError, Job
 from nanoeval.eval import (
     Eval,
@@ -56,6 +57,7 @@ TASKS_PER_INSERT = 512
 # Decoding results for update_progress takes at most this share of the loop's time.
 SHARE_FOR_PROGRESS = 0.05
 SECONDS_PER_UPDATE = 1.0
+SECONDS_PER_BACKUP = 180.0
 
 
 async def run(spec: EvalSpec) -> dict[str, Any]:
@@ -263,6 +265,9 @@ async def _carry_out(
         if isinstance(error, ExceptionGroup) and error.subgroup(FatalRolloutError):
             raise _unwrapped(job, run_set, error) from None
         raise
+    finally:
+        if spec.runner.should_backup:
+            await _back_up(run_set)
     seconds = time.monotonic() - started_at
     await _notify(spec, f"{name}: run {job.run_id} finished in {seconds:.0f} s", _to_json(summary))
     return summary | {"run_id": job.run_id}
@@ -270,7 +275,9 @@ async def _carry_out(
 
 def _chores(run_set: RunSet, job: Job, bar: ProgressBar) -> list[Any]:
     """What goes on beside the rollouts, where it is asked for."""
-    chores = []
+    chores: list[Any] = []
+    if job.runner.should_backup:
+        chores.append(_back_up_now_and_then(run_set))
     partial = _PartialResults(run_set, job.eval_id)
     if type(job.eval).update_progress is not Eval.update_progress:
         chores.append(_update_progress(job, partial, bar))
@@ -294,6 +301,23 @@ async def _background(*chores: Any) -> AsyncIterator[None]:
                 task.cancel()
     if raised is not None:
         raise raised
+
+
+async def _back_up_now_and_then(run_set: RunSet) -> None:
+    while True:
+        await _back_up(run_set)
+        await asyncio.sleep(SECONDS_PER_BACKUP)
+
+
+async def _back_up(run_set: RunSet) -> None:
+    target = backup_path(run_set.run_set_id)
+    try:
+        await asyncio.to_thread(backup, run_set.store.path, target)
+    except (OSError, sqlite3.Error) as error:
+        say(
+            f"nanoeval: the backup of run set {run_set.run_set_id} to {target} failed ({error});"
+            " the run goes on. Make room there, or set should_backup=False"
+        )
 
 
 class _PartialResults:

@@ -1,0 +1,80 @@
+"""Goes on with a run set that was interrupted.
+
+    python -m nanoeval.bin.resume run_set_id=ID [resume_completed_evals=True]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from typing import Any
+
+import chz
+
+from nanoeval._run_set import RunSet, backup_path, database_path
+from nanoeval._schema import NewerSchemaError
+from nanoeval._store import StoredEval, StoreError, check_database
+from nanoeval.evaluation import joined, resume_eval
+from nanoeval.setup import global_exit_stack, nanoeval_entrypoint, say
+
+
+class RunSetError(RuntimeError):
+    """A run set cannot be resumed; the message says why and what to do."""
+
+
+async def resume(
+    run_set_id: str, resume_completed_evals: bool = False
+) -> list[dict[str, Any]]:
+    """Go on with all unfinished evals of a run set; returns their summaries.
+
+    `resume_completed_evals` also computes the summaries of finished evals anew. Uses the backup
+    where the working file is gone. Raises RunSetError if there is no such run set or it is still
+    running, StoreError if its database is damaged, NewerSchemaError if a later version wrote it.
+    """
+    path, copy = database_path(run_set_id), backup_path(run_set_id)
+    if not path.exists() and not copy.exists():
+        raise RunSetError(f"there is no run set {run_set_id!r} in {path.parent} or {copy.parent}")
+    if not path.exists():
+        await asyncio.to_thread(check_database, copy)
+        await asyncio.to_thread(shutil.copy2, copy, path)
+        say(f"The working file is gone; going on from its backup {copy}.")
+    await asyncio.to_thread(check_database, path)
+    async with global_exit_stack, joined(run_set_id) as run_set:
+        await _refuse_running(run_set)
+        evals = await run_set.store.evals()
+        for stored in evals:
+            say(_describe(stored))
+        chosen = [e for e in evals if e.state != "finished" or resume_completed_evals]
+        if not chosen:
+            say("Nothing is left to do. resume_completed_evals=True computes the summaries anew.")
+        return list(await asyncio.gather(*(resume_eval(run_set, stored) for stored in chosen)))
+
+
+async def _refuse_running(run_set: RunSet) -> None:
+    for executor_id, role, process in await run_set.store.live_executors():
+        if role == "driver" and executor_id != run_set.executor_id:
+            raise RunSetError(
+                f"run set {run_set.run_set_id} is still running, as process {process.pid} on"
+                f" {process.host}; end that process first"
+            )
+
+
+def _describe(stored: StoredEval) -> str:
+    done = stored.num_scored + stored.num_failed
+    errors = f", {stored.num_failed} failed" if stored.num_failed else ""
+    if stored.run_id is None:
+        return f"{stored.name}: was still being queued; starts from the beginning"
+    return f"{stored.name}: {done}/{stored.num_tasks} done{errors}, {stored.state}"
+
+
+async def main(run_set_id: str, resume_completed_evals: bool = False) -> None:
+    """Go on with a run set: run_set_id=ID, resume_completed_evals=True for new summaries."""
+    try:
+        await resume(run_set_id, resume_completed_evals)
+    except (RunSetError, StoreError, NewerSchemaError, PermissionError) as error:
+        sys.exit(f"nanoeval: {error}")
+
+
+if __name__ == "__main__":
+    nanoeval_entrypoint(chz.entrypoint(main))
