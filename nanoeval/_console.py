@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -12,6 +13,8 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 
 ENV_LOG_ALL = "NANOEVAL_LOG_ALL"
+
+CLEAR_LINE = "\r\x1b[K"
 
 EventDict = MutableMapping[str, Any]
 
@@ -85,7 +88,8 @@ def _write_above_bars(text: str) -> None:
     tqdm_module = sys.modules.get("tqdm")
     bar_class = getattr(tqdm_module, "tqdm", None)
     if bar_class is None or not getattr(bar_class, "_instances", None):
-        sys.stderr.write(text)
+        # The bar at the cursor may be another process's, the one that started this worker.
+        sys.stderr.write(CLEAR_LINE + text if _is_terminal() else text)
         sys.stderr.flush()
         return
     # Clears the bars, writes, and draws them again, under tqdm's own lock.
@@ -132,10 +136,15 @@ def _keep_what_people_read(logger: Any, name: str, event: EventDict) -> EventDic
 
 
 def _render(logger: Any, name: str, event: EventDict) -> str:
-    is_colored = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    is_colored = _is_terminal() and not os.environ.get("NO_COLOR")
     return _renderer(is_colored)(logger, name, event)
 
 
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+@functools.cache
 def _renderer(is_colored: bool) -> structlog.dev.ConsoleRenderer:
     return structlog.dev.ConsoleRenderer(
         colors=is_colored,

@@ -20,7 +20,8 @@ from urllib.parse import quote
 
 from nanoeval import _schema
 from nanoeval._process_identity import ProcessIdentity, this_process
-from nanoeval.fs_paths import check_private, database_dirs, writable_root_dir
+from nanoeval._run_set import backup_path
+from nanoeval.fs_paths import check_private, database_dirs
 
 # A reader of a WAL database hardly ever waits: only while somebody recovers or closes the file.
 BUSY_TIMEOUT = 1.0
@@ -180,6 +181,12 @@ class RunSetRow:
         return self.file.run_set_id
 
     @property
+    def finished_at(self) -> float | None:
+        """When the last of its evals ended; None while one has not."""
+        ends = [e.finished_at for e in self.evals]
+        return None if None in ends else max((end for end in ends if end is not None), default=None)
+
+    @property
     def is_live(self) -> bool:
         """Whether a process that drives runs of it is at work, as far as can be seen from here."""
         return any(x.role == "driver" and x.standing == "live" for x in self.executors)
@@ -198,6 +205,11 @@ class RunSetRow:
         if "interrupted" in states:
             return "interrupted"
         return "finished" if states else "empty"
+
+    def state_of(self, e: EvalRow) -> str:
+        """The state of one of its evals; crashed where nobody works on it any more."""
+        is_open = e.state in ("queueing", "running")
+        return "crashed" if is_open and not self.is_live else e.state
 
     @property
     def can_be_resumed(self) -> bool:
@@ -225,8 +237,8 @@ def run_set_files() -> list[RunSetFile]:
 
 def backup_dirs() -> list[Path]:
     """The folder of the backups, in a list; empty where there is none on this machine."""
-    path = Path(writable_root_dir()) / "backups"
-    return [path] if path.is_dir() else []
+    folder = backup_path("any").parent
+    return [folder] if folder.is_dir() else []
 
 
 def list_run_sets() -> list[RunSetRow]:
@@ -246,13 +258,13 @@ def find_run_set(run_set_id: str) -> RunSetFile:
     if near:
         remedy = f"did you mean {' or '.join(near)}?"
     elif files:
-        remedy = f"the newest is {files[0].run_set_id}"
+        remedy = f"the newest is {files[0].run_set_id}."
     else:
         places = ", ".join(str(place) for place in [*database_dirs(), *backup_dirs()])
         remedy = f"there are no run sets in {places}"
     raise UnknownRunSetError(
         f"there is no run set {run_set_id!r}; {remedy}"
-        f"{'. `python -m nanoeval.bin.ls` lists all' if files else ''}"
+        f"{' `python -m nanoeval.bin.ls` lists all' if files else ''}"
     )
 
 

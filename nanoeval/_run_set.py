@@ -15,7 +15,7 @@ from pathlib import Path
 from nanoeval._process_identity import ProcessIdentity
 from nanoeval._store import Heartbeat, Store
 from nanoeval._worker import Worker
-from nanoeval.fs_paths import database_dir
+from nanoeval.fs_paths import database_dir, database_dirs, default_root_dir
 from nanoeval.library_config import get_library_config
 from nanoeval.setup import say
 
@@ -43,13 +43,18 @@ class RunSet:
 
 
 def database_path(run_set_id: str) -> Path:
-    """Where the database of a run set lies."""
-    return database_dir() / f"{run_set_id}.db"
+    """Where the database of a run set lies, or is to lie."""
+    name = f"{run_set_id}.db"
+    found = (folder / name for folder in database_dirs() if (folder / name).exists())
+    return next(found, database_dir() / name)
 
 
 def backup_path(run_set_id: str) -> Path:
     """Where the copy of a run set's database lies that outlives a cleared /dev/shm."""
-    return Path(get_library_config().writable_root_dir()) / "backups" / f"{run_set_id}.db"
+    root = get_library_config().writable_root_dir()
+    # Some libraries' hooks name an object store, which holds no database.
+    folder = default_root_dir() if "://" in root else Path(root)
+    return folder / "backups" / f"{run_set_id}.db"
 
 
 def lease_seconds() -> float:

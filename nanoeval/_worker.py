@@ -249,8 +249,10 @@ class Worker:
         )
         what = f"the error of task {claim.question_id!r}"
         if isinstance(error, RolloutSystemError):
-            if claim.retry_idx < self._job.runner.max_retries and task is not None:
+            is_last = claim.retry_idx >= self._job.runner.max_retries
+            if not is_last and not isinstance(error, _outcomes.LostRolloutError):
                 finish.state = _schema.RETRIED
+                assert task is not None
                 next_try = task.model_copy(update={"retry_idx": claim.retry_idx + 1})
                 finish.retry_payload = _codec.dumps(next_try, f"task {claim.question_id!r}")
                 finish.not_before = time.time() + self._backoff(claim.retry_idx, error)

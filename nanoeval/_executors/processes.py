@@ -102,6 +102,7 @@ class _WorkerProcess:
                     if (answer := self.answers.get(number)) and not answer.done():
                         answer.set_result(errors)
         except (asyncio.IncompleteReadError, ConnectionError):
+            self.writer.close()
             await self.process.wait()
         for answer in self.answers.values():
             if not answer.done():

@@ -1,0 +1,35 @@
+"""What every test gets: folders of its own, and no settings of the person who runs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Databases, records and backups of one test are seen by no other."""
+    for name in [name for name in os.environ if name.startswith(("NANOEVAL_", "OPENAI_"))]:
+        if name != "NANOEVAL_DATASETS_DIR":
+            monkeypatch.delenv(name)
+    # As the default does, databases go to memory where there is some.
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    monkeypatch.setenv("NANOEVAL_DATABASE_DIR", str(folder / "databases"))
+    monkeypatch.setenv("NANOEVAL_LOG_DIR", str(folder / "records"))
+    monkeypatch.setenv("NANOEVAL_ROOT_DIR", str(folder / "root"))
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def database_folder() -> Path:
+    """Where this test's databases lie; made by the first run."""
+    return Path(os.environ["NANOEVAL_DATABASE_DIR"])

@@ -1,0 +1,259 @@
+"""The contract of executors, run on each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import chz
+import pytest
+
+from nanoeval import run
+from nanoeval.setup import global_exit_stack
+from tests.sample_evals import Burn, InFlight, Sums, lines, spec
+
+MODES: dict[str, dict[str, Any]] = {
+    "in_process": {},
+    "processes": {"experimental_use_multiprocessing": True, "num_processes": 2},
+}
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The RunnerArgs that choose one executor."""
+    return MODES[request.param]
+
+
+async def test_every_attempt_is_counted_once(mode: dict[str, Any], tmp_path: Path) -> None:
+    """A summary that misses or repeats an attempt is wrong."""
+    log = tmp_path / "log"
+    summary = await run(spec(Sums(n=60, attempts=3, log=str(log)), concurrency=16, **mode))
+    assert summary["num_tasks"] == summary["num_scored"] == 180
+    assert summary["accuracy"] == 0.5
+    assert len(lines(log)) == len({line.split()[0] for line in lines(log)}) == 180
+
+
+async def test_system_errors_are_retried(mode: dict[str, Any], tmp_path: Path) -> None:
+    """A broken system would cost a score, or be retried for ever."""
+    log = tmp_path / "log"
+    eval = Sums(n=40, flaky=4, n_breaks=2, log=str(log))
+    summary = await run(spec(eval, max_retries=2, **mode))
+    assert summary["num_failed"] == 0
+    tries = [line.split()[0] for line in lines(log)]
+    assert {f"q{a}.1.{t}" for a in range(0, 40, 4) for t in range(3)} <= set(tries)
+    assert len(tries) == 60
+
+
+async def test_exhausted_retries_reach_the_summary_as_errors(mode: dict[str, Any]) -> None:
+    """A rollout that failed for good would vanish from the denominator."""
+    summary = await run(spec(Sums(n=10, flaky=5, n_breaks=9), max_retries=1, **mode))
+    assert (summary["num_tasks"], summary["num_scored"], summary["num_failed"]) == (10, 8, 2)
+    assert not summary["is_valid"]
+    assert summary["accuracy_worst_case"] < summary["accuracy"] < summary["accuracy_best_case"]
+
+
+async def test_context_is_entered_once_per_process(mode: dict[str, Any], tmp_path: Path) -> None:
+    """A costly set-up would be paid per rollout, or never undone."""
+    log = tmp_path / "context"
+    await run(spec(Sums(n=200, seconds=0.002, context_log=str(log)), concurrency=20, **mode))
+    entered = [line for line in lines(log) if line.startswith("enter")]
+    assert len(entered) == len(set(entered)) == len(lines(log)) // 2
+    assert len(entered) <= mode.get("num_processes", 1)
+    assert (f"enter {os.getpid()}" in entered) == (not mode)
+
+
+async def test_concurrency_is_never_exceeded(mode: dict[str, Any], tmp_path: Path) -> None:
+    """A server that allows eight requests would see more."""
+    folder = tmp_path / "in_flight"
+    folder.mkdir()
+    eval = InFlight(n=80, seconds=0.01, folder=str(folder), log=str(tmp_path / "log"))
+    await run(spec(eval, concurrency=8, **mode))
+    seen = [int(line) for line in lines(tmp_path / "log")]
+    assert len(seen) == 80
+    assert 4 <= max(seen) <= 8
+
+
+async def test_an_exception_ends_the_run_and_keeps_what_is_finished(
+    mode: dict[str, Any], tmp_path: Path
+) -> None:
+    """A bug in an eval would go unseen, or cost the results that were there."""
+    log = tmp_path / "log"
+    with pytest.raises(ExceptionGroup) as caught:
+        await run(spec(Breaking(n=50, log=str(log)), concurrency=1, run_set_id="broken", **mode))
+    (error,) = caught.value.exceptions
+    assert isinstance(error, ZeroDivisionError)
+    notes = "\n".join(error.__notes__)
+    assert "q30.1" in notes
+    assert "run_set_id=broken" in notes
+    from nanoeval.bin.resume import resume
+
+    os.environ["SAMPLE_MENDED"] = "1"
+    try:
+        (summary,) = await resume("broken")
+    finally:
+        del os.environ["SAMPLE_MENDED"]
+    assert summary["num_scored"] == 50
+    executed = [line.split()[0] for line in lines(log)]
+    assert {q for q in executed if executed.count(q) > 1} == {"q30.1.0"}
+
+
+@chz.chz
+class Breaking(Sums):
+    """Raises at question 30, until SAMPLE_MENDED is set."""
+
+    async def evaluate(self, task: Any) -> bool:
+        result = await super().evaluate(task)
+        if task.a == 30 and "SAMPLE_MENDED" not in os.environ:
+            raise ZeroDivisionError("a bug")
+        return result
+
+
+async def test_unexpected_exceptions_can_be_recorded_as_failures(mode: dict[str, Any]) -> None:
+    """One bad question would cost a run that was told to go on."""
+    summary = await run(spec(Breaking(n=50), fail_on_error=False, **mode))
+    assert (summary["num_scored"], summary["num_failed"]) == (49, 1)
+
+
+async def test_cancelling_a_run_gives_claims_back(
+    mode: dict[str, Any], database_folder: Path
+) -> None:
+    """Ctrl-C would leave tasks that nobody may run until a lease ends."""
+    eval = Sums(n=2000, seconds=0.05)
+    task = asyncio.ensure_future(run(spec(eval, concurrency=20, run_set_id="cancelled", **mode)))
+    await asyncio.sleep(1.5)
+    began = time.monotonic()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert time.monotonic() - began < 2
+    import sqlite3
+
+    with sqlite3.connect(database_folder / "cancelled.db") as db:
+        assert db.execute("SELECT count(*) FROM claim").fetchone() == (0,)
+        (running,) = db.execute("SELECT count(*) FROM task WHERE state = 1").fetchone()
+        (done,) = db.execute("SELECT count(*) FROM task WHERE state = 2").fetchone()
+    db.close()
+    assert running == 0
+    assert 0 < done < 2000
+
+
+async def test_two_runs_side_by_side_do_not_disturb_each_other(mode: dict[str, Any]) -> None:
+    """Results of one eval would enter another's summary."""
+    first, second = await asyncio.gather(
+        run(spec(Sums(n=100, name="first"), concurrency=10, **mode)),
+        run(spec(Sums(n=51, name="second"), concurrency=10, **mode)),
+    )
+    assert first["num_scored"] == 100
+    assert second["num_scored"] == 51
+    assert first["run_id"] != second["run_id"]
+
+
+async def test_a_starving_eval_does_not_hold_up_another(
+    mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eval that may not start rollouts would block the others of its run set."""
+    monkeypatch.setenv("NANOEVAL_ALLOW_ZERO_CONCURRENCY", "1")
+    async with global_exit_stack:
+        starved = asyncio.ensure_future(run(spec(Sums(n=5, name="starved"), concurrency=0, **mode)))
+        summary = await run(spec(Sums(n=100), concurrency=10, **mode))
+        assert summary["num_scored"] == 100
+        assert not starved.done()
+        starved.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starved
+
+
+async def test_a_rollout_past_its_timeout_is_a_system_error(mode: dict[str, Any]) -> None:
+    """A rollout that hangs would hang the run."""
+    summary = await run(
+        spec(Sums(n=3, seconds=30), rollout_timeout=0.05, max_retries=1, **mode)
+    )
+    assert summary["num_failed"] == 3
+
+
+async def test_classes_of_a_function_work(mode: dict[str, Any]) -> None:
+    """Evals in notebooks and tests would need a module of their own."""
+
+    @chz.chz
+    class Local(Sums):
+        async def evaluate(self, task: Any) -> bool:
+            return True
+
+    assert (await run(spec(Local(n=10), **mode)))["accuracy"] == 1.0
+
+
+async def test_results_that_cannot_be_pickled_name_their_task(mode: dict[str, Any]) -> None:
+    """Nobody would know which field of which result to mend."""
+    with pytest.raises(ExceptionGroup) as caught:
+        await run(spec(Unpicklable(n=1), **mode))
+    assert "the result of task 'q0'" in str(caught.value.exceptions[0])
+
+
+@chz.chz
+class Unpicklable(Sums):
+    """Returns something that holds a lock."""
+
+    async def evaluate(self, task: Any) -> Any:
+        import threading
+
+        return {"answer": 1, "lock": threading.Lock()}
+
+
+async def test_processes_share_cpu_bound_work() -> None:
+    """Two cores would do no more than one."""
+    began = time.monotonic()
+    mode = MODES["processes"]
+    await run(spec(Burn(n=40, seconds=0.02), **mode))
+    assert time.monotonic() - began < 30
+
+
+async def test_worker_processes_are_reused_inside_the_global_exit_stack(tmp_path: Path) -> None:
+    """Each run would pay for starting processes."""
+    log = tmp_path / "log"
+    async with global_exit_stack:
+        for _ in range(2):
+            await run(spec(Sums(n=100, seconds=0.005, log=str(log)), **MODES["processes"]))
+    assert len({line.split()[1] for line in lines(log)}) <= 2
+
+
+async def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    """One process out of memory would cost the run."""
+    log = tmp_path / "log"
+    eval = Killing(n=30, seconds=0.01, log=str(log))
+    summary = await run(spec(eval, concurrency=4, **MODES["processes"]))
+    assert summary["num_scored"] == 30
+
+
+@chz.chz
+class Killing(Sums):
+    """The first execution of question 10 kills its process."""
+
+    async def evaluate(self, task: Any) -> bool:
+        first = not any(line.startswith("q10.") for line in lines(self.log))
+        result = await super().evaluate(task)
+        if task.a == 10 and first:
+            os.kill(os.getpid(), 9)
+        return result
+
+
+async def test_a_rollout_that_always_kills_its_process_fails_in_the_end() -> None:
+    """Workers would be started and killed for ever."""
+    summary = await run(
+        spec(AlwaysKilling(n=8), concurrency=2, max_retries=1, **MODES["processes"])
+    )
+    assert summary["num_scored"] >= 5
+    assert summary["num_failed"] >= 1
+
+
+@chz.chz
+class AlwaysKilling(Sums):
+    """Question 3 kills its process, each time."""
+
+    async def evaluate(self, task: Any) -> bool:
+        if task.a == 3:
+            os.kill(os.getpid(), 9)
+        await asyncio.sleep(0.02)
+        return True
