@@ -13,9 +13,9 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 from urllib.parse import quote
 
 from nanoeval import _schema
@@ -27,6 +27,11 @@ from nanoeval.fs_paths import check_private, database_dirs
 BUSY_TIMEOUT = 1.0
 SIDE_FILES = ("-wal", "-shm", "-journal")
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Row = TypeVar("Row", bound="DataclassInstance")
+
 RunSetState = Literal[
     "running", "finished", "failed", "interrupted", "crashed", "empty", "unreadable"
 ]
@@ -36,7 +41,7 @@ HAS_TABLES = """
 SELECT count(*) FROM sqlite_master AS m
 WHERE m.type = 'table' AND m.name IN ('run_set', 'eval', 'executor', 'task')"""
 
-RUN_SET = "SELECT r.id, r.created_at, r.nanoeval_version, r.host, r.command FROM run_set AS r"
+RUN_SET = "SELECT r.created_at, r.nanoeval_version, r.host, r.command FROM run_set AS r"
 
 EVALS = """
 SELECT e.id, e.run_id, e.name, e.model_name, e.state, e.concurrency, e.num_tasks, e.num_scored,
@@ -154,6 +159,14 @@ class RunSetFile:
     def changed_at(self) -> float:
         """When it was last written; 0 where it is gone."""
         return max(_changed_at(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    created_at: float
+    nanoeval_version: str
+    host: str
+    command: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,27 +295,49 @@ def look_at(file: RunSetFile) -> RunSetRow:
         with reading(file.path) as db:
             # One snapshot, so that counts and states belong together.
             db.execute("BEGIN")
-            run_set = db.execute(RUN_SET).fetchone()
+            origin = next(typed_rows(_Origin, db.execute(RUN_SET)), None)
             evals, executors = read_evals(db), read_executors(db)
     except UnreadableRunSetError as error:
         return RunSetRow(file, size_bytes, changed_at, changed_at, problem=str(error))
-    if run_set is None:
+    if origin is None:
         return RunSetRow(file, size_bytes, changed_at, changed_at, problem=_empty(file.path))
-    _, created_at, version, host, command = run_set
     return RunSetRow(
-        file, size_bytes, changed_at, created_at, version, host, command, evals, executors
+        file,
+        size_bytes,
+        changed_at,
+        origin.created_at,
+        origin.nanoeval_version,
+        origin.host,
+        origin.command,
+        evals,
+        executors,
     )
 
 
 def read_evals(db: sqlite3.Connection) -> tuple[EvalRow, ...]:
     """The evals of a run set, in the order in which they were queued."""
-    return tuple(EvalRow(*columns) for columns in db.execute(EVALS))
+    return tuple(typed_rows(EvalRow, db.execute(EVALS)))
 
 
 def read_executors(db: sqlite3.Connection, *, ended_too: bool = False) -> tuple[ExecutorRow, ...]:
     """The executors of a run set, oldest first."""
     rows = db.execute(EXECUTORS, {"ended_too": ended_too})
-    return tuple(ExecutorRow(*columns) for columns in rows)
+    return tuple(typed_rows(ExecutorRow, rows))
+
+
+def typed_rows(row_type: type[Row], rows: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
+    """Each row as a dataclass whose fields are the query's columns, in their order.
+
+    Raises sqlite3.DatabaseError, which `reading` explains, where a value is not of its field's
+    type: SQLite itself does not notice when damage changes one.
+    """
+    types = get_type_hints(row_type)
+    names = [field.name for field in fields(row_type)]
+    for columns in rows:
+        for name, value in zip(names, columns, strict=True):
+            if not isinstance(value, types[name]):
+                raise sqlite3.DatabaseError(f"malformed value {value!r:.50} of {name}")
+        yield row_type(*columns)
 
 
 @contextmanager
@@ -326,7 +361,8 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
             yield db
     except _schema.NewerSchemaError as error:
         raise UnreadableRunSetError(str(error)) from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        # UnicodeDecodeError: SQLite's message quotes a damaged file, and Python cannot decode it.
         raise UnreadableRunSetError(_explain(error, path)) from error
 
 
@@ -365,11 +401,11 @@ def _empty(path: Path) -> str:
     return f"{path} is empty: its process ended before it wrote anything"
 
 
-def _explain(error: sqlite3.Error, path: Path) -> str:
+def _explain(error: Exception, path: Path) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
         return f"{path} is locked by another process at the moment; its contents are safe"
-    if any(sign in text for sign in ("malformed", "not a database", "corrupt", "disk I/O")):
+    if any(sign in text for sign in ("malformed", "not a database", "corrupt", "decode")):
         return f"{path} is damaged ({text})"
     return f"{path} cannot be read ({text})"
 

@@ -128,36 +128,37 @@ async def handle_system_errors_and_compute_metrics(
 ) -> dict[str, Any]:
     """Compute `metrics_fn` on the results that are no system errors, and account for the rest.
 
-    Adds `is_valid` (no attempt failed), `num_tasks`, `num_scored` and `num_failed`. Where attempts
-    failed and the metrics have an `accuracy`, adds its `accuracy_worst_case` and
-    `accuracy_best_case`: every failure counted as wrong, and as right. Where `process_invalid` is
-    defined, `metrics_including_errors` holds the metrics with `process_invalid(task)` in the place
-    of each failure.
+    Adds `is_valid` (no attempt failed), `num_tasks` (different questions), `num_rollouts`,
+    `num_scored` and `num_failed`, where rollouts = scored + failed. Where attempts failed, the
+    accuracy's `accuracy_worst_case` and `accuracy_best_case` count every failure as wrong, and as
+    right. `metrics_including_errors` holds the metrics with `process_invalid(task)` in the place of
+    each failure; it is absent where attempts failed and `process_invalid` is not defined.
     """
     scored = [(task, r) for task, r in results if not isinstance(r, RolloutSystemError)]
     failed = [task for task, r in results if isinstance(r, RolloutSystemError)]
-    summary = dict(await metrics_fn(scored))
-    summary["is_valid"] = not failed
-    summary["num_tasks"] = len(results)
-    summary["num_scored"] = len(scored)
-    summary["num_failed"] = len(failed)
-    if failed and "accuracy" in summary:
-        summary.update(_accuracy_bounds(scored, failed))
-    try:
-        stand_ins = [(task, process_invalid(task)) for task in failed]
-        if not failed and results:
-            process_invalid(results[0][0])
-    except NotImplementedError:
-        return summary
-    summary["metrics_including_errors"] = (
-        dict(await metrics_fn([*scored, *stand_ins])) if failed else _metrics_only(summary)
-    )
+    metrics = dict(await metrics_fn(scored))
+    num_tasks = len({task.question_id for task, _ in results})
+    summary = metrics | {
+        "is_valid": not failed,
+        "num_tasks": num_tasks,
+        "num_rollouts": len(results),
+        "num_scored": len(scored),
+        "num_failed": len(failed),
+    }
+    if failed and (not scored or "accuracy" in metrics):
+        summary |= _accuracy_bounds(scored, failed)
+    if "num_missing" in summary:
+        summary["num_missing"] += len(failed)
+    if not failed:
+        including = metrics
+    else:
+        try:
+            stand_ins = [(task, process_invalid(task)) for task in failed]
+        except NotImplementedError:
+            return summary
+        including = dict(await metrics_fn([*scored, *stand_ins]))
+    summary["metrics_including_errors"] = {**including, "num_tasks": num_tasks}
     return summary
-
-
-def _metrics_only(summary: dict[str, Any]) -> dict[str, Any]:
-    own = {"is_valid", "num_tasks", "num_scored", "num_failed"}
-    return {key: value for key, value in summary.items() if key not in own}
 
 
 def _accuracy_bounds(

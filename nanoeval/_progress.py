@@ -18,10 +18,25 @@ SECONDS_PER_LINE = 30.0
 SECONDS_PER_REFRESH = 0.1
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A tqdm bar whose postfix an eval may set beside the engine's own counts."""
+
+    set_by_eval: dict[str, Any] | None = None
+
+    def set_postfix(
+        self, ordered_dict: Any = None, refresh: bool = True, **kwargs: Any
+    ) -> None:
+        """Show what an eval's `update_progress` has to say, after the counts."""
+        self.set_by_eval = {**dict(ordered_dict or {}), **kwargs}
+
+    def show_counts(self, counts: dict[str, str]) -> None:
+        super().set_postfix({**counts, **(self.set_by_eval or {})}, refresh=False)
+
+
 class ProgressBar:
     """Shows done/total, rate, time left, running, retried, failed, and the score so far."""
 
-    def __init__(self, name: str, bar: tqdm[Any], mirror: Any, is_terminal: bool) -> None:
+    def __init__(self, name: str, bar: _Bar, mirror: Any, is_terminal: bool) -> None:
         self.bar = bar
         self._name = name
         self._mirror = mirror
@@ -46,7 +61,7 @@ class ProgressBar:
         self._draw(progress)
 
     def _draw(self, progress: Progress) -> None:
-        self.bar.set_postfix(_counts(progress), refresh=False)
+        self.bar.show_counts(_counts(progress))
         if self._is_terminal:
             self.bar.refresh()
         else:
@@ -73,7 +88,7 @@ def progress_bar(name: str, num_tasks: int, slack_name: str | None) -> Iterator[
     """A bar on stderr for the block; on a terminal live, else a line every half minute."""
     is_terminal = sys.stderr.isatty()
     mirror = get_library_config().get_slack_tqdm(slack_name) if slack_name else None
-    with tqdm(
+    with _Bar(
         total=num_tasks,
         desc=name,
         unit="rollout",

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanoeval._diagnostics import diagnosing
 from nanoeval._process_identity import ProcessIdentity
 from nanoeval._store import Heartbeat, Store
 from nanoeval._worker import Worker
@@ -31,6 +32,11 @@ class RunSet:
     store: Store
     executor_id: int
     workers: list[Worker] = field(default_factory=list)
+
+    def rollouts_in_flight(self) -> list[tuple[str, float]]:
+        """(task name, start time) of the rollouts at work here, oldest first; from any thread."""
+        at_work = (r for worker in self.workers.copy() for r in worker.rollouts_in_flight())
+        return sorted(at_work, key=lambda rollout: rollout[1])
 
     @contextmanager
     def shows(self, worker: Worker) -> Iterator[None]:
@@ -81,7 +87,9 @@ async def join_run_set(path: Path, role: str) -> AsyncIterator[RunSet]:
         await store.reap(losses=0)
         with Heartbeat(path, executor_id, store.lease, _tell_of_death):
             try:
-                yield RunSet(path.stem, store, executor_id)
+                run_set = RunSet(path.stem, store, executor_id)
+                with diagnosing(path, executor_id, run_set.rollouts_in_flight):
+                    yield run_set
             finally:
                 await store.end_executor(executor_id, "ended")
 

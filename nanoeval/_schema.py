@@ -65,7 +65,7 @@ CREATE TABLE executor (
     aiomonitor_port INTEGER,
     num_stalls INTEGER NOT NULL DEFAULT 0,
     num_slow_callbacks INTEGER NOT NULL DEFAULT 0,
-    diagnosis TEXT                     -- the last stall, for people
+    diagnosis TEXT                     -- JSON: the last stall; see _diagnostics
 );
 
 -- One row per try of a rollout: (question, attempt, retry). Rows keep their size as they change.
@@ -80,13 +80,18 @@ CREATE TABLE task (
     not_before REAL NOT NULL DEFAULT 0,
     claims INTEGER NOT NULL DEFAULT 0, -- times claimed; an answer to an older claim is dropped
     losses INTEGER NOT NULL DEFAULT 0, -- times its executor died while the run went on
-    outcome_seq INTEGER,               -- how it ended last
-    preview TEXT                       -- JSON, cut to a few KB
+    outcome_seq INTEGER                -- how it ended last
 );
 CREATE INDEX task_queued ON task (eval_id, not_before, id) WHERE state = 0;
 
+CREATE INDEX task_retried ON task (eval_id, question_id, attempt_id) WHERE retry_idx > 0;
+
 -- Pickles live apart, so that columns are read and changed without touching them.
-CREATE TABLE task_payload (task_id INTEGER PRIMARY KEY, payload BLOB NOT NULL);
+CREATE TABLE task_payload (
+    task_id INTEGER PRIMARY KEY,
+    preview TEXT,                      -- JSON, cut to a few KB
+    payload BLOB NOT NULL
+);
 
 -- One row per rollout at work.
 CREATE TABLE claim (
@@ -111,7 +116,13 @@ CREATE TABLE outcome (
     is_unexpected INTEGER NOT NULL,    -- failed by an exception that was not a system error
     error_type TEXT,
     error_message TEXT,
-    traceback TEXT,
+    traceback TEXT
+);
+CREATE INDEX outcome_error ON outcome (eval_id, error_type, substr(error_message, 1, 120), state)
+    WHERE error_type IS NOT NULL;
+
+CREATE TABLE outcome_payload (
+    seq INTEGER PRIMARY KEY,
     preview TEXT,                      -- of the result, JSON, cut to a few KB
     payload BLOB                       -- the result, or the error that stands for it
 );
@@ -119,14 +130,16 @@ CREATE TABLE outcome (
 -- Everything about a try that a person may want to see.
 CREATE VIEW try AS
 SELECT t.id, t.eval_id, t.question_id, t.attempt_id, t.retry_idx, t.position, t.state,
-    t.not_before, t.claims, t.losses, t.preview AS task_preview,
+    t.not_before, t.claims, t.losses, p.preview AS task_preview,
     coalesce(c.executor_id, o.executor_id) AS executor_id,
     coalesce(c.started_at, o.started_at) AS started_at,
     o.finished_at, o.score, o.error_type, o.error_message, o.traceback,
-    o.preview AS result_preview
+    r.preview AS result_preview
 FROM task AS t
+    LEFT JOIN task_payload AS p ON p.task_id = t.id
     LEFT JOIN claim AS c ON c.task_id = t.id
-    LEFT JOIN outcome AS o ON o.seq = t.outcome_seq;
+    LEFT JOIN outcome AS o ON o.seq = t.outcome_seq
+    LEFT JOIN outcome_payload AS r ON r.seq = t.outcome_seq;
 """
 
 MIGRATIONS = (_INITIAL,)

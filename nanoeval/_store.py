@@ -86,14 +86,14 @@ LAST_TASK_ID = "SELECT coalesce(max(t.id), 0) FROM task AS t"
 
 # Each of :rows is [question_id, attempt_id, retry_idx, preview, start, length].
 ADD_TASKS = """
-INSERT INTO task (id, eval_id, position, question_id, attempt_id, retry_idx, preview)
+INSERT INTO task (id, eval_id, position, question_id, attempt_id, retry_idx)
 SELECT :first_id + j.key, :eval_id, :first_position + j.key, json_extract(j.value, '$[0]'),
-    json_extract(j.value, '$[1]'), json_extract(j.value, '$[2]'), json_extract(j.value, '$[3]')
+    json_extract(j.value, '$[1]'), json_extract(j.value, '$[2]')
 FROM json_each(:rows) AS j"""
 
 ADD_TASK_PAYLOADS = """
-INSERT INTO task_payload (task_id, payload)
-SELECT :first_id + j.key,
+INSERT INTO task_payload (task_id, preview, payload)
+SELECT :first_id + j.key, json_extract(j.value, '$[3]'),
     substr(:payloads, json_extract(j.value, '$[4]'), json_extract(j.value, '$[5]'))
 FROM json_each(:rows) AS j"""
 
@@ -143,11 +143,16 @@ WHERE c.executor_id = :executor_id AND c.number = json_extract(j.value, '$[1]')"
 LAST_OUTCOME = "SELECT coalesce(max(o.seq), 0) FROM outcome AS o"
 ADD_OUTCOMES = """
 INSERT INTO outcome (seq, eval_id, task_id, executor_id, state, started_at, finished_at, score,
-    is_unexpected, error_type, error_message, traceback, preview, payload)
+    is_unexpected, error_type, error_message, traceback)
 SELECT :last_seq + 1 + j.key, :eval_id, json_extract(j.value, '$[0]'), :executor_id,
     json_extract(j.value, '$[2]'), json_extract(j.value, '$[3]'), json_extract(j.value, '$[4]'),
     json_extract(j.value, '$[5]'), json_extract(j.value, '$[6]'), json_extract(j.value, '$[7]'),
-    json_extract(j.value, '$[8]'), json_extract(j.value, '$[9]'), json_extract(j.value, '$[10]'),
+    json_extract(j.value, '$[8]'), json_extract(j.value, '$[9]')
+FROM json_each(:rows) AS j"""
+
+ADD_OUTCOME_PAYLOADS = """
+INSERT INTO outcome_payload (seq, preview, payload)
+SELECT :last_seq + 1 + j.key, json_extract(j.value, '$[10]'),
     substr(:payloads, json_extract(j.value, '$[11]'), json_extract(j.value, '$[12]'))
 FROM json_each(:rows) AS j"""
 
@@ -170,14 +175,22 @@ FROM (
     FROM outcome AS o WHERE o.seq > :last_seq) AS n
 WHERE id = :eval_id"""
 
+STATEMENTS_OF_FINISH = (
+    ADD_OUTCOMES,
+    ADD_OUTCOME_PAYLOADS,
+    END_CLAIMS,
+    FINISH_TASKS,
+    COUNT_OUTCOMES,
+)
+
 ADD_RETRY = """
-INSERT INTO task
-    (id, eval_id, question_id, attempt_id, retry_idx, position, preview, not_before)
-SELECT :id, t.eval_id, t.question_id, t.attempt_id, t.retry_idx + 1, t.position, t.preview,
-    :not_before
+INSERT INTO task (id, eval_id, question_id, attempt_id, retry_idx, position, not_before)
+SELECT :id, t.eval_id, t.question_id, t.attempt_id, t.retry_idx + 1, t.position, :not_before
 FROM task AS t WHERE t.id = :task_id"""
 
-ADD_RETRY_PAYLOAD = "INSERT INTO task_payload (task_id, payload) VALUES (:id, :payload)"
+ADD_RETRY_PAYLOAD = """
+INSERT INTO task_payload (task_id, preview, payload)
+SELECT :id, p.preview, :payload FROM task_payload AS p WHERE p.task_id = :task_id"""
 
 CLAIM = """
 UPDATE task SET state = 1, claims = claims + 1
@@ -200,8 +213,9 @@ SELECT e.id, e.run_id, e.name, e.state, e.num_tasks, e.num_scored, e.num_failed,
 FROM eval AS e ORDER BY e.id"""
 
 RESULTS_SINCE = """
-SELECT o.seq, t.position, p.payload, o.payload
+SELECT o.seq, t.position, p.payload, r.payload
 FROM outcome AS o
+    JOIN outcome_payload AS r ON r.seq = o.seq
     JOIN task AS t ON t.id = o.task_id
     JOIN task_payload AS p ON p.task_id = o.task_id
 WHERE o.seq > :seq AND o.eval_id = :eval_id AND o.state IN (2, 4) ORDER BY o.seq LIMIT :limit"""
@@ -420,12 +434,6 @@ class Store:
         """(id, role, process) of the executors that have neither ended nor been found dead."""
         rows = await self._read(_live_executors)
         return [(id, role, process) for id, role, process, _ in rows]
-
-    async def diagnose(self, executor_id: int, **counts: Any) -> None:
-        """Add to an executor's diagnosis: stalls, slow_callbacks, diagnosis, aiomonitor_port."""
-        row = {"stalls": 0, "slow_callbacks": 0, "diagnosis": None, "aiomonitor_port": None}
-        row |= {"executor_id": executor_id, **counts}
-        await self._write(lambda db: db.execute(DIAGNOSE_EXECUTOR, row))
 
     async def add_eval(
         self, name: str, model_name: str, concurrency: int | None, spec: bytes
@@ -769,7 +777,7 @@ def _commit_finishes(
         return
     (row["last_seq"],) = db.execute(LAST_OUTCOME).fetchone()
     row["payloads"] = b"".join(f.payload for f in finishes if f.payload is not None)
-    for statement in (ADD_OUTCOMES, END_CLAIMS, FINISH_TASKS, COUNT_OUTCOMES):
+    for statement in STATEMENTS_OF_FINISH:
         db.execute(statement, row)
     for finish in finishes:
         if finish.state == _schema.RETRIED:
@@ -866,6 +874,17 @@ class Heartbeat:
         }
         db.execute(BEAT, row)
         return _reap(db, losses=1)
+
+
+def diagnose(path: Path, executor_id: int, **counts: Any) -> None:
+    """Add to an executor's diagnosis: stalls, slow_callbacks, diagnosis, aiomonitor_port.
+
+    Blocks, on a connection of its own: a watchdog thread calls it while the loop is stuck.
+    """
+    row = {"stalls": 0, "slow_callbacks": 0, "diagnosis": None, "aiomonitor_port": None}
+    row |= {"executor_id": executor_id, **counts}
+    with closing(_connect(path)) as db:
+        db.execute(DIAGNOSE_EXECUTOR, row)
 
 
 def check_database(path: Path) -> None:

@@ -14,17 +14,17 @@ _ENTERED = "_entered_contexts"
 
 @asynccontextmanager
 async def generator_with_cleanup(
-    generator: AsyncGenerator[T, None],
+    gen: AsyncGenerator[T, None],
 ) -> AsyncIterator[AsyncGenerator[T, None]]:
-    """Yield `generator` and close it on exit, however the block is left.
+    """Yield `gen` and close it on exit, however the block is left.
 
     Leaving an `async for` early does not close an async generator; its `finally` blocks would run
     whenever the garbage collector gets there.
     """
     try:
-        yield generator
+        yield gen
     finally:
-        await generator.aclose()
+        await gen.aclose()
 
 
 async def gather_with_concurrency(
@@ -60,12 +60,12 @@ async def gather_with_concurrency(
         await _cancel_all(unfinished)
 
 
-async def cancel_task(future: asyncio.Future[Any]) -> None:
-    """Cancel `future` and wait until it has ended; its own outcome is discarded.
+async def cancel_task(fut: asyncio.Future[Any]) -> None:
+    """Cancel `fut` and wait until it has ended; its own outcome is discarded.
 
     A cancellation of the caller while it waits is passed on.
     """
-    await _cancel_all({future})
+    await _cancel_all({fut})
 
 
 async def _cancel_all(futures: set[asyncio.Future[Any]]) -> None:

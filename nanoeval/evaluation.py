@@ -12,16 +12,18 @@ import sqlite3
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import chz
 
 from nanoeval import _codec, _outcomes
 from nanoeval._executors import in_process, processes
+from nanoeval._monitor_process import monitor_process
 from nanoeval._progress import ProgressBar, progress_bar
 from nanoeval._run_set import RunSet, backup_path, database_path, join_run_set
 from nanoeval._store import NewTask, StoredEval, backup
+from nanoeval._summary_text import summary_text
 from nanoeval._worker import FatalRolloutError, Job
 from nanoeval.eval import (
     Eval,
@@ -33,7 +35,7 @@ from nanoeval.eval import (
     Task,
     assert_no_system_errors,
 )
-from nanoeval.fs_paths import database_dir
+from nanoeval.fs_paths import database_dirs
 from nanoeval.library_config import get_library_config
 from nanoeval.recorder import dummy_recorder
 from nanoeval.recorder_protocol import RecorderProtocol
@@ -91,12 +93,13 @@ async def run_eval_in_database(run_id: str) -> dict[str, Any]:
 
     Raises LookupError if no run set in the database folder has it.
     """
-    for path in sorted(database_dir().glob("*.db"), key=lambda p: -p.stat().st_mtime):
+    paths = [path for folder in database_dirs() for path in folder.glob("*.db")]
+    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
         async with joined(path.stem) as run_set:
             for stored in await run_set.store.evals():
                 if stored.run_id == run_id:
                     return await resume_eval(run_set, stored)
-    raise LookupError(f"no run set in {database_dir()} has a run with run_id={run_id!r}")
+    raise LookupError(f"no run set in {database_dirs()[0]} has a run with run_id={run_id!r}")
 
 
 async def resume_eval(run_set: RunSet, stored: StoredEval) -> dict[str, Any]:
@@ -251,26 +254,39 @@ async def _carry_out(
     started_at = time.monotonic()
     await _notify(spec, f"{name}: {before.num_tasks} tasks, run {job.run_id} starts")
     try:
-        with recorder, progress_bar(name, before.num_tasks, spec.runner.slack_name) as bar:
+        async with _watched(run_set, spec, before.num_tasks) as bar:
             bar.bar.initial = before.num_done
-            async with _background(*_chores(run_set, job, bar)):
-                await executor.execute(run_set, job, bar.show)
-            progress = await store.progress(eval_id)
-            bar.finish(progress)
-            summary = await _summarize(run_set, job)
-            recorder.record_final_report(summary)
-        await store.end_eval(eval_id, "finished", _to_json(summary))
+            with recorder:
+                async with _background(*_chores(run_set, job, bar)):
+                    await executor.execute(run_set, job, bar.show)
+                bar.finish(await store.progress(eval_id))
+                summary = await _summarize(run_set, job)
+                recorder.record_final_report(summary)
+            await store.end_eval(eval_id, "finished", _to_json(summary))
     except BaseException as error:
         await _report_failure(run_set, job, error)
         if isinstance(error, ExceptionGroup) and error.subgroup(FatalRolloutError):
             raise _unwrapped(job, run_set, error) from None
         raise
-    finally:
-        if spec.runner.should_backup:
-            await _back_up(run_set)
     seconds = time.monotonic() - started_at
     await _notify(spec, f"{name}: run {job.run_id} finished in {seconds:.0f} s", _to_json(summary))
+    say(summary_text(name, summary, seconds))
     return summary | {"run_id": job.run_id}
+
+
+@asynccontextmanager
+async def _watched(
+    run_set: RunSet, spec: EvalSpec, num_tasks: int
+) -> AsyncIterator[ProgressBar]:
+    """A progress bar for the block, the monitor if asked for, and backups to its end."""
+    async with AsyncExitStack() as beside:
+        if spec.runner.use_monitor:
+            key, monitor = run_set.run_set_id, monitor_process(run_set.run_set_id)
+            await beside.enter_async_context(shared_resource(("monitor", key), monitor))
+        if spec.runner.should_backup:
+            beside.push_async_callback(_back_up, run_set)
+        name, slack_name = spec.eval.get_name(), spec.runner.slack_name
+        yield beside.enter_context(progress_bar(name, num_tasks, slack_name))
 
 
 def _chores(run_set: RunSet, job: Job, bar: ProgressBar) -> list[Any]:
@@ -340,9 +356,9 @@ async def _update_progress(job: Job, partial: _PartialResults, bar: ProgressBar)
     while True:
         await asyncio.sleep(pause)
         began = time.monotonic()
-        results = await partial.read()
+        results = [(t, r) for t, r in await partial.read() if not isinstance(r, RolloutSystemError)]
         with _noting(f"raised by {job.eval.get_name()}.update_progress()"):
-            await job.eval.update_progress(list(results), bar.bar)
+            await job.eval.update_progress(results, bar.bar)
         pause = max(SECONDS_PER_UPDATE, (time.monotonic() - began) / SHARE_FOR_PROGRESS)
 
 

@@ -23,12 +23,12 @@ def get_recorder() -> RecorderProtocol:
     except LookupError:
         raise LookupError(
             "there is no current recorder: get_recorder() works inside evaluate() and _context();"
-            " elsewhere use `with set_default_recorder(recorder, sample_id, group_id):`"
+            " elsewhere use `with set_default_recorder(rec, sample_id, group_id):`"
         ) from None
 
 
 class set_default_recorder:
-    """Make `recorder` the one that `get_recorder()` finds inside the block.
+    """Make `rec` the one that `get_recorder()` finds inside the block.
 
     `sample_id` is the question id, `group_id` is `"{attempt_id}.{retry_idx}"`. A class and not a
     generator, because it is entered for every rollout.
@@ -36,10 +36,10 @@ class set_default_recorder:
 
     __slots__ = ("_context", "_recorder", "_token")
 
-    def __init__(self, recorder: RecorderProtocol, sample_id: str, group_id: str) -> None:
-        self._recorder = recorder
+    def __init__(self, rec: RecorderProtocol, sample_id: str, group_id: str) -> None:
+        self._recorder = rec
         self._context: AbstractContextManager[Any] = get_library_config().set_recorder_context(
-            recorder, sample_id, group_id
+            rec, sample_id, group_id
         )
         self._token: Token[RecorderProtocol]
 

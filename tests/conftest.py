@@ -25,6 +25,8 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NANOEVAL_DATABASE_DIR", str(folder / "databases"))
     monkeypatch.setenv("NANOEVAL_LOG_DIR", str(folder / "records"))
     monkeypatch.setenv("NANOEVAL_ROOT_DIR", str(folder / "root"))
+    # Importing it takes longer than most tests; its own test turns it on.
+    monkeypatch.setenv("NANOEVAL_AIOMONITOR", "0")
     yield
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -31,7 +31,7 @@ async def test_every_attempt_is_counted_once(mode: dict[str, Any], tmp_path: Pat
     """A summary that misses or repeats an attempt is wrong."""
     log = tmp_path / "log"
     summary = await run(spec(Sums(n=60, attempts=3, log=str(log)), concurrency=16, **mode))
-    assert summary["num_tasks"] == summary["num_scored"] == 180
+    assert summary["num_rollouts"] == summary["num_scored"] == 180
     assert summary["accuracy"] == 0.5
     assert len(lines(log)) == len({line.split()[0] for line in lines(log)}) == 180
 

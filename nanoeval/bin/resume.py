@@ -35,13 +35,14 @@ async def resume(
     path, copy = database_path(run_set_id), backup_path(run_set_id)
     if not path.exists() and not copy.exists():
         raise RunSetError(f"there is no run set {run_set_id!r} in {path.parent} or {copy.parent}")
-    if not path.exists():
+    is_restored = not path.exists()
+    if is_restored:
         await asyncio.to_thread(check_database, copy)
         await asyncio.to_thread(shutil.copy2, copy, path)
         say(f"The working file is gone; going on from its backup {copy}.")
     await asyncio.to_thread(check_database, path)
     async with global_exit_stack, joined(run_set_id) as run_set:
-        await _refuse_running(run_set)
+        await _refuse_running(run_set, is_restored)
         evals = await run_set.store.evals()
         for stored in evals:
             say(_describe(stored))
@@ -51,9 +52,14 @@ async def resume(
         return list(await asyncio.gather(*(resume_eval(run_set, stored) for stored in chosen)))
 
 
-async def _refuse_running(run_set: RunSet) -> None:
+async def _refuse_running(run_set: RunSet, is_restored: bool) -> None:
+    """Raise RunSetError if another driver is at work; in a backup, those that were are history."""
     for executor_id, role, process in await run_set.store.live_executors():
-        if role == "driver" and executor_id != run_set.executor_id:
+        if executor_id == run_set.executor_id:
+            continue
+        if is_restored:
+            await run_set.store.end_executor(executor_id, "was at work when the backup was made")
+        elif role == "driver":
             raise RunSetError(
                 f"run set {run_set.run_set_id} is still running, as process {process.pid} on"
                 f" {process.host}; end that process first"

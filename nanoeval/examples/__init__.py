@@ -1,0 +1,1 @@
+"""Evals that the programs in the repository's `examples` folder run."""
