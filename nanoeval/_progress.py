@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from nanoeval.library_config import get_library_config
 # Without a terminal a bar would fill a log: one line this often instead.
 SECONDS_PER_LINE = 30.0
 SECONDS_PER_REFRESH = 0.1
+BAR_FORMAT = (
+    "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}"
+    " [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+)
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
@@ -91,13 +96,23 @@ def progress_bar(name: str, num_tasks: int, slack_name: str | None) -> Iterator[
     with _Bar(
         total=num_tasks,
         desc=name,
-        unit="rollout",
-        dynamic_ncols=True,
+        unit="",
+        bar_format=BAR_FORMAT,
+        # Some pseudo-terminals have no size, on which tqdm would draw nothing.
+        ncols=None if _has_width() else 100,
+        dynamic_ncols=_has_width(),
         # On a terminal the engine decides when to draw; elsewhere it prints lines itself.
         file=sys.stderr if is_terminal else _Nowhere(),
         mininterval=3600,
     ) as bar:
         yield ProgressBar(name, bar, mirror, is_terminal)
+
+
+def _has_width() -> bool:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no terminal, or no file at all
+        return False
 
 
 class _Nowhere:

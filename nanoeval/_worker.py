@@ -127,16 +127,21 @@ class Worker:
                 return
             self._stop_if_too_many_failed(progress)
             if exchange.claims and not is_entered:
-                contexts.enter_context(
-                    set_default_recorder(self._job.recorder, sample_id="", group_id="")
-                )
-                await contexts.enter_async_context(self._job.eval)
+                await self._enter_eval(contexts)
                 is_entered = True
             for claim in exchange.claims:
                 self._running[claim.task_id] = rollouts.create_task(self._rollout(claim))
             if len(exchange.claims) < wanted or wanted == 0:
                 poll = FIRST_POLL if exchange.claims else min(2 * poll, LONGEST_POLL)
                 await self._wait(exchange.next_due, poll)
+
+    async def _enter_eval(self, contexts: AsyncExitStack) -> None:
+        contexts.enter_context(set_default_recorder(self._job.recorder, "", ""))
+        try:
+            await contexts.enter_async_context(self._job.eval)
+        except Exception as error:
+            error.add_note(f"raised by {self._job.eval.get_name()}._context()")
+            raise
 
     def _share_of(self, concurrency: int | None) -> float:
         """How many rollouts this process may have, so that what it cannot keep up with others can.
@@ -186,7 +191,7 @@ class Worker:
         group_id = f"{claim.attempt_id}.{claim.retry_idx}"
         self._started_at[claim.task_id] = (f"{claim.question_id}.{group_id}", started_at)
         timeout = self._job.runner.rollout_timeout
-        task = limit = None
+        limit = None
         try:
             task = _codec.loads(claim.payload)
             if claim.losses > self._job.runner.max_retries:
@@ -212,7 +217,7 @@ class Worker:
                     RolloutSystemError(f"the rollout took longer than rollout_timeout={timeout} s"),
                     error,
                 )
-            finish = self._failed(claim, started_at, task, error)
+            finish = self._failed(claim, started_at, error)
         finally:
             del self._started_at[claim.task_id]
         if self._running.pop(claim.task_id, None) is not None:
@@ -230,9 +235,7 @@ class Worker:
             preview=_outcomes.preview(result),
         )
 
-    def _failed(
-        self, claim: Claim, started_at: float, task: Any, error: BaseException
-    ) -> Finish:
+    def _failed(self, claim: Claim, started_at: float, error: BaseException) -> Finish:
         """The outcome of a rollout that raised: tried again, recorded, or the end of the run."""
         if isinstance(error, asyncio.CancelledError):
             error = _with_cause(
@@ -252,8 +255,9 @@ class Worker:
             is_last = claim.retry_idx >= self._job.runner.max_retries
             if not is_last and not isinstance(error, _outcomes.LostRolloutError):
                 finish.state = _schema.RETRIED
-                assert task is not None
-                next_try = task.model_copy(update={"retry_idx": claim.retry_idx + 1})
+                # Afresh: `evaluate` may have changed the one it got.
+                next_try = _codec.loads(claim.payload)
+                next_try = next_try.model_copy(update={"retry_idx": claim.retry_idx + 1})
                 finish.retry_payload = _codec.dumps(next_try, f"task {claim.question_id!r}")
                 finish.not_before = time.time() + self._backoff(claim.retry_idx, error)
             else:

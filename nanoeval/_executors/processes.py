@@ -26,10 +26,16 @@ from nanoeval.setup import say, shared_resource
 
 FIRST_POLL = 0.01
 LONGEST_POLL = 0.2
-# A process that cannot even start serving is not replaced for ever.
+# A process that cannot even start serving is not replaced for ever; one that is killed from outside
+# (memory runs short) gets more chances than one that ends by itself.
 MAX_FAILED_STARTS = 3
+MAX_KILLED_STARTS = 30
 
 LENGTH = struct.Struct("!Q")
+
+
+# The answer of a process that gave none.
+_DIED = object()
 
 
 class WorkerProcessError(RuntimeError):
@@ -106,7 +112,7 @@ class _WorkerProcess:
             await self.process.wait()
         for answer in self.answers.values():
             if not answer.done():
-                answer.set_exception(ProcessLookupError(self.process.pid))
+                answer.set_result(_DIED)
 
 
 class WorkerPool:
@@ -166,34 +172,46 @@ class WorkerPool:
 
     async def _serve_in(self, slot: int, order: Order, run_set: RunSet) -> list[BaseException]:
         """Serve `order` in one slot, whatever dies there; returns what `Worker.serve` raised."""
-        failed_starts = 0
+        n_failed = n_killed = 0
         while True:
             worker = await asyncio.shield(self._slots[slot])
-            number = self._next_number = self._next_number + 1
-            answer = worker.answers[number] = asyncio.get_running_loop().create_future()
+            errors = await self._answer(worker, order)
+            if errors is not _DIED:
+                return _codec.loads(errors) if errors else []
+            status = worker.process.returncode or 0
+            if order.path in worker.executor_ids:
+                n_failed = n_killed = 0
+            elif status < 0:
+                n_killed += 1
+            else:
+                n_failed += 1
+            await self._replace(slot, worker, order, run_set)
+            if n_failed == MAX_FAILED_STARTS or n_killed == MAX_KILLED_STARTS:
+                raise WorkerProcessError(
+                    f"{n_failed + n_killed} worker processes in a row ended (last exit status"
+                    f" {status}) before they began to serve; see their messages above"
+                )
+
+    async def _answer(self, worker: _WorkerProcess, order: Order) -> Any:
+        """Have one process serve `order`: its pickled errors, None, or _DIED.
+
+        When the caller is cancelled, the process is told to stop and its last word awaited.
+        """
+        number = self._next_number = self._next_number + 1
+        answer = worker.answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            if worker.process.returncode is not None:
+                return _DIED
+            worker.send(("serve", number, order))
             try:
-                if worker.process.returncode is not None:
-                    raise ProcessLookupError(worker.process.pid)
-                worker.send(("serve", number, order))
-                errors = await asyncio.shield(answer)
+                return await asyncio.shield(answer)
             except asyncio.CancelledError:
                 if worker.process.returncode is None:
                     worker.send(("stop", number))
                     await asyncio.wait([answer])
                 raise
-            except ProcessLookupError:
-                failed_starts = 0 if order.path in worker.executor_ids else failed_starts + 1
-                await self._replace(slot, worker, order, run_set)
-                if failed_starts == MAX_FAILED_STARTS:
-                    raise WorkerProcessError(
-                        f"{failed_starts} worker processes in a row ended (last exit status"
-                        f" {worker.process.returncode}) before they began to serve; see their"
-                        " messages above"
-                    ) from None
-                continue
-            finally:
-                worker.answers.pop(number, None)
-            return _codec.loads(errors) if errors else []
+        finally:
+            del worker.answers[number]
 
     async def _replace(
         self, slot: int, dead: _WorkerProcess, order: Order, run_set: RunSet

@@ -1,0 +1,255 @@
+"""One HTTP client for all models: keep-alive, time-outs, retries. Knows no API's JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, TypeVar
+
+import aiohttp
+from yarl import URL
+
+from nanoeval.eval import RolloutSystemError
+from nanoeval.models._concurrency import Limiter
+
+T = TypeVar("T")
+
+RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504, 529})
+BODY_START = 300
+# A server that asks for more patience than this gets it from the runner, which frees the slot.
+LONGEST_WAIT = 60.0
+
+
+class ServerFailure(RolloutSystemError):
+    """The server or the way to it failed, and so did the retries.
+
+    `kind` is one word for counting: `http_<status>`, `timeout`, `connection`, `cut`, or what the
+    reader of the reply called it.
+    """
+
+    kind: str = "connection"
+    url: str = ""
+    status: int | None = None
+    body: str = ""
+    tries: int = 1
+
+
+class RequestRefused(Exception):
+    """The server understood the request and will not answer it (400, 401, 403, 404, ...)."""
+
+    url: str = ""
+    status: int = 0
+    body: str = ""
+
+    @property
+    def kind(self) -> str:
+        """One word for counting: `http_<status>`."""
+        return f"http_{self.status}"
+
+
+class BadReply(Exception):
+    """A reply with a good status that cannot be read; the client tries again. Raised by readers."""
+
+    def __init__(self, kind: str, what: str, body: str = "") -> None:
+        super().__init__(what)
+        self.kind = kind
+        self.body = body[:BODY_START]
+
+
+@dataclass(frozen=True)
+class HTTPSettings:
+    """Seconds, and the number of tries of one request (1 = no retry)."""
+
+    connect_timeout: float = 10.0
+    timeout: float = 600.0
+    max_tries: int = 5
+    backoff: float = 0.5
+
+
+@dataclass(frozen=True)
+class Exchange(Generic[T]):
+    """One answered request. `latency` (seconds) is that of the try that worked."""
+
+    value: T
+    status: int
+    headers: Mapping[str, str]
+    latency: float
+    tries: int
+
+
+# Gets the response and the moment (time.perf_counter) at which the request was sent.
+Reader = Callable[[aiohttp.ClientResponse, float], Awaitable[T]]
+
+
+class HTTPClient:
+    """A session of the running event loop, until `close`.
+
+    Concurrency is bounded by the caller, or by `limiter`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        headers: Mapping[str, str],
+        settings: HTTPSettings,
+        limiter: Limiter | None = None,
+    ) -> None:
+        self._base = check_base_url(base_url)
+        self._settings = settings
+        self._limiter = limiter
+        self._urls: dict[str, URL] = {}
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            headers=headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=settings.timeout, sock_connect=settings.connect_timeout
+            ),
+            # Looking up proxies costs CPU on every request, and none stands before this host.
+            trust_env=self._base.host not in {"localhost", "127.0.0.1", "::1"},
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def send(
+        self, method: str, path: str, body: bytes | None, read: Reader[T]
+    ) -> Exchange[T]:
+        """Send one request and read its reply, again where that can help.
+
+        Raises ServerFailure when all tries failed, RequestRefused when another try would not help.
+        """
+        url = self._urls.get(path) or self._urls.setdefault(path, _join(self._base, path))
+        for tries in itertools.count(1):
+            if self._limiter is None:
+                outcome = await self._try(method, url, body, read, tries)
+            else:
+                async with self._limiter.slot() as slot:
+                    outcome = await self._try(method, url, body, read, tries)
+                    slot.report(
+                        throttled=isinstance(outcome, ServerFailure)
+                        and outcome.kind in {"http_429", "http_503", "timeout"}
+                    )
+            if isinstance(outcome, Exchange):
+                return outcome
+            wait = self._wait_after(outcome, tries)
+            if wait is None:
+                raise outcome
+            await asyncio.sleep(wait)
+        raise AssertionError("unreachable")
+
+    async def _try(
+        self, method: str, url: URL, body: bytes | None, read: Reader[T], tries: int
+    ) -> Exchange[T] | ServerFailure:
+        started = time.perf_counter()
+        try:
+            async with self._session.request(method, url, data=body) as response:
+                if response.status < 300:
+                    value = await read(response, started)
+                    latency = time.perf_counter() - started
+                    return Exchange(value, response.status, response.headers, latency, tries)
+                return await _failed_status(response, url, tries)
+        except BadReply as error:
+            kind, what, text = error.kind, str(error), error.body
+        except TimeoutError:
+            text, kind = "", "timeout"
+            what = f"no complete reply within {time.perf_counter() - started:.1f} s"
+        except aiohttp.InvalidURL as error:
+            raise ValueError(f"{shown(url)} is not a usable address") from error
+        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
+            text, kind, what = "", "cut", f"connection cut before the reply was complete ({error})"
+        except (aiohttp.ClientError, OSError) as error:
+            text, kind, what = "", "connection", f"cannot reach the server ({error})"
+        return _failure(f"{shown(url)}: {what}", kind=kind, url=url, body=text, tries=tries)
+
+    def _wait_after(self, failure: ServerFailure, tries: int) -> float | None:
+        """Seconds until the next try, or None when this was the last."""
+        if tries >= self._settings.max_tries:
+            return None
+        wait = min(self._settings.backoff * 2.0 ** (tries - 1), LONGEST_WAIT)
+        wait *= random.uniform(0.5, 1.0)
+        if failure.retry_after is None:
+            return wait
+        if failure.retry_after > LONGEST_WAIT:
+            return None
+        # Jitter after the date, so that those who were refused together do not return together.
+        return failure.retry_after + min(wait, 0.1 * failure.retry_after)
+
+
+def check_base_url(base_url: str) -> URL:
+    """`base_url` as a URL; ValueError when it is not an absolute http(s) address."""
+    try:
+        url = URL(base_url)
+    except ValueError as error:
+        raise ValueError(f"base_url={base_url!r} is not a URL: {error}") from error
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ValueError(
+            f"base_url={base_url!r} must be a full address such as http://localhost:8000/v1"
+        )
+    return url
+
+
+async def _failed_status(response: aiohttp.ClientResponse, url: URL, tries: int) -> ServerFailure:
+    text = (await response.content.read(4 * BODY_START)).decode("utf-8", "replace").strip()
+    text = " ".join(text[:BODY_START].split())
+    what = f"{shown(url)}: HTTP {response.status} {response.reason or ''}".rstrip()
+    what += f": {text}" if text else ""
+    if response.status not in RETRIED_STATUSES:
+        refused = RequestRefused(what)
+        refused.url, refused.status, refused.body = shown(url), response.status, text
+        raise refused
+    failure = _failure(what, kind=f"http_{response.status}", url=url, body=text, tries=tries)
+    failure.status = response.status
+    failure.retry_after = parse_retry_after(response.headers.get("Retry-After"))
+    return failure
+
+
+def _failure(what: str, *, kind: str, url: URL, body: str, tries: int) -> ServerFailure:
+    failure = ServerFailure(what + (f" (tried {tries} times)" if tries > 1 else ""))
+    failure.kind, failure.url, failure.body, failure.tries = kind, shown(url), body, tries
+    return failure
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds to wait according to a `Retry-After` header, or None (RFC 9110, section 10.2.3)."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=UTC)
+    return max(0.0, (date - datetime.now(UTC)).total_seconds())
+
+
+def _join(base: URL, path: str) -> URL:
+    return (base / path).with_query(base.query)
+
+
+def shown(url: URL) -> str:
+    """`url` without a user name and password."""
+    return str(url.with_user(None) if url.user else url)
+
+
+async def read_json(response: aiohttp.ClientResponse, started: float = 0.0) -> Any:
+    """The reply's body as JSON; BadReply("not_json") when it is not."""
+    del started
+    content = await response.read()
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        text = " ".join(content[: 4 * BODY_START].decode("utf-8", "replace").split())
+        raise BadReply("not_json", f"the reply is not JSON: {text[:BODY_START]!r}", text) from error
