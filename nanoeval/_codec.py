@@ -12,20 +12,27 @@ import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
+from zlib import crc32
 
 PROTOCOL = 5
+CHECKSUM_BYTES = 4
 
 
 class NotPicklableError(TypeError):
     """An object that has to be stored cannot be pickled; the message names the part that cannot."""
 
 
+class DamagedPickleError(ValueError):
+    """Stored bytes are not those that were written."""
+
+
 def dumps(value: Any, what: str) -> bytes:
     """Pickle `value`. Raises NotPicklableError, which names `what` and the field at fault."""
     try:
-        return pickle.dumps(value, PROTOCOL)
+        blob = pickle.dumps(value, PROTOCOL)
     except Exception:  # pickle raises whatever an object's own __reduce__ raises
-        return _dumps_by_value(value, what)
+        blob = _dumps_by_value(value, what)
+    return blob + crc32(blob).to_bytes(CHECKSUM_BYTES)
 
 
 def _dumps_by_value(value: Any, what: str) -> bytes:
@@ -44,7 +51,17 @@ def _dumps_by_value(value: Any, what: str) -> bytes:
 
 
 def loads(blob: bytes) -> Any:
-    """Unpickle what `dumps` made. Only ever call it on a file that this user owns."""
+    """Unpickle what `dumps` made. Only ever call it on a file that this user owns.
+
+    Raises DamagedPickleError, before anything is unpickled, for bytes that have changed since.
+    """
+    # The checksum stands behind the pickle, which knows its own end.
+    if crc32(memoryview(blob)[:-CHECKSUM_BYTES]) != int.from_bytes(blob[-CHECKSUM_BYTES:]):
+        raise DamagedPickleError(
+            f"a pickle of {len(blob)} bytes in the database has changed since it was written: the"
+            " file is damaged. Go on from its backup, if one was made: move the file away and"
+            " resume the run set"
+        )
     return pickle.loads(blob)
 
 
@@ -66,9 +83,9 @@ def main_definitions() -> bytes | None:
         return None
     try:
         blob: bytes = cloudpickle.dumps(defined, PROTOCOL)
-        return blob
     except Exception:  # one definition is enough to spoil all; keep those that work
-        return cloudpickle.dumps(dict(_each_picklable(defined)), PROTOCOL)  # type: ignore[no-any-return]
+        blob = cloudpickle.dumps(dict(_each_picklable(defined)), PROTOCOL)
+    return blob + crc32(blob).to_bytes(CHECKSUM_BYTES)
 
 
 def _each_picklable(defined: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -37,9 +37,9 @@ RunSetState = Literal[
 ]
 Standing = Literal["live", "silent", "dead", "ended"]
 
-HAS_TABLES = """
-SELECT count(*) FROM sqlite_master AS m
-WHERE m.type = 'table' AND m.name IN ('run_set', 'eval', 'executor', 'task')"""
+COUNT_TABLES = """
+SELECT count(*), coalesce(sum(m.name IN ('run_set', 'eval', 'executor', 'task')), 0)
+FROM sqlite_master AS m WHERE m.type = 'table'"""
 
 RUN_SET = "SELECT r.created_at, r.nanoeval_version, r.host, r.command FROM run_set AS r"
 
@@ -385,8 +385,10 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     (found,) = db.execute("PRAGMA user_version").fetchone()
     _schema.refuse_newer(db, str(path))
-    (num_tables,) = db.execute(HAS_TABLES).fetchone()
-    if num_tables < 4:
+    num_tables, num_own = db.execute(COUNT_TABLES).fetchone()
+    if num_tables == 0:
+        raise UnreadableRunSetError(_empty(path))
+    if num_own < 4:
         raise UnreadableRunSetError(
             f"{path} is an SQLite database, but not the database of a run set"
         )

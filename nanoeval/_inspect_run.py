@@ -369,7 +369,7 @@ def find_tasks(
     return TaskPage(_lines(db, ids[:limit]), len(ids) > limit, num_matching, is_cut_off)
 
 
-def _statement(wanted: TaskFilter) -> str:
+def _statement(wanted: TaskFilter) -> str:  # noqa: PLR0911 - one line per kind of list
     if wanted.text:
         return SORTED_HITS
     if wanted.state == "running":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import pickle
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -111,9 +110,11 @@ def dump_error(error: BaseException, what: str) -> bytes:
     except Exception:  # an exception's own constructor may raise anything when it is unpickled
         message = f"{type(error).__name__}: {error}"
         if isinstance(error, UnexpectedRolloutError):
-            return pickle.dumps(UnexpectedRolloutError.from_error(error), _codec.PROTOCOL)
+            stand_in: Exception = UnexpectedRolloutError(str(error))
+            stand_in.original_type = error.original_type  # type: ignore[attr-defined]
+            return _codec.dumps(stand_in, what)
         base = RolloutSystemError if isinstance(error, RolloutSystemError) else RuntimeError
-        return pickle.dumps(base(message), _codec.PROTOCOL)
+        return _codec.dumps(base(message), what)
 
 
 def format_traceback(error: BaseException) -> str:

@@ -63,6 +63,11 @@ def backup_path(run_set_id: str) -> Path:
     return folder / "backups" / f"{run_set_id}.db"
 
 
+def resume_command(run_set_id: str) -> str:
+    """What to type to go on with a run set."""
+    return f"python -m nanoeval.bin.resume run_set_id={run_set_id}"
+
+
 def lease_seconds() -> float:
     """How long a claim holds without a sign of life from its executor."""
     text = os.environ.get(ENV_LEASE_SECONDS)

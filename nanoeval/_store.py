@@ -136,7 +136,7 @@ FROM eval AS e WHERE e.id = :eval_id"""
 # Each of :rows is [task_id, number, state, started_at, finished_at, score, is_unexpected,
 # error_type, error_message, traceback, preview, start, length].
 HELD_CLAIMS = """
-SELECT json_group_array(c.task_id)
+SELECT json_group_array(j.key)
 FROM json_each(:rows) AS j JOIN claim AS c ON c.task_id = json_extract(j.value, '$[0]')
 WHERE c.executor_id = :executor_id AND c.number = json_extract(j.value, '$[1]')"""
 
@@ -587,11 +587,11 @@ class Store:
     def _explained_errors(self) -> Any:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise StoreError(explain(error, self.path)) from error
 
 
-def explain(error: sqlite3.DatabaseError, path: Path) -> str:
+def explain(error: Exception, path: Path) -> str:
     """What a person needs to know of an SQLite error: what is safe, and what to do."""
     text = str(error)
     if "full" in text:
@@ -611,7 +611,8 @@ def explain(error: sqlite3.DatabaseError, path: Path) -> str:
             f"{path} cannot be written ({text}). Set NANOEVAL_DATABASE_DIR to a folder that this"
             " user can write to"
         )
-    if "malformed" in text or "not a database" in text or "corrupt" in text:
+    # A damaged schema may not even be text.
+    if isinstance(error, UnicodeDecodeError) or "malformed" in text or "not a database" in text or "corrupt" in text:
         return _damaged(path, text)
     return f"{path}: {text}"
 
@@ -770,10 +771,8 @@ def _commit_finishes(
     }
     held = json.loads(db.execute(HELD_CLAIMS, row).fetchone()[0])
     if len(held) < len(finishes):
-        still_held = set(held)
-        accepted = [f for f in finishes if f.claim.task_id in still_held]
-        if accepted:
-            _commit_finishes(db, executor_id, eval_id, accepted)
+        if held:
+            _commit_finishes(db, executor_id, eval_id, [finishes[index] for index in held])
         return
     (row["last_seq"],) = db.execute(LAST_OUTCOME).fetchone()
     row["payloads"] = b"".join(f.payload for f in finishes if f.payload is not None)

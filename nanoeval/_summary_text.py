@@ -14,7 +14,7 @@ MAX_LINES = 60
 # Parts of the line of the metric that they belong to.
 _STDERR, _INTERVAL = "_stderr", "_ci95"
 _BOUNDS = ("_worst_case", "_best_case")
-_COUNTS = ("num_tasks", "num_scored", "num_failed")
+_COUNTS = ("num_rollouts", "num_scored", "num_failed")
 
 Row = tuple[int, str, str]  # depth, label, value; a heading has no value
 
@@ -28,7 +28,10 @@ def summary_text(name: str, summary: Mapping[str, Any], seconds: float | None = 
     if os.environ.get(ENV_SUMMARY) == "json":
         line = {"name": name, "seconds": seconds, "summary": summary}
         return json.dumps(line, default=str, ensure_ascii=False)
-    rows = list(_rows(summary, depth=0))
+    shown = dict(summary)
+    if shown.get("num_failed") == 0:
+        shown.pop("metrics_including_errors", None)  # the same once more
+    rows = list(_rows(shown, depth=0))
     width = max((2 * depth + len(label) for depth, label, value in rows if value), default=0)
     took = f", {_duration(seconds)}" if seconds is not None else ""
     lines = [f"{name}: {'done' if rows else 'done, with an empty summary'}{took}"]
@@ -85,15 +88,15 @@ def _with_uncertainty(name: Any, value: Any, left: Mapping[str, Any]) -> str:
 
 
 def _counts(left: dict[str, Any], depth: int) -> Iterator[Row]:
-    """`tasks  1,319 = 1,310 scored + 9 failed`, where the summary counts them so."""
+    """`rollouts  1,319 = 1,310 scored + 9 failed`, where the summary counts them so."""
     if not all(isinstance(left.get(name), int) for name in _COUNTS):
         return
-    tasks, scored, failed = (left.pop(name) for name in _COUNTS)
+    total, scored, failed = (left.pop(name) for name in _COUNTS)
     is_valid = left.pop("is_valid", True)
-    text = f"{tasks:,} = {scored:,} scored + {failed:,} failed"
-    if missing := tasks - scored - failed:
+    text = f"{total:,} = {scored:,} scored + {failed:,} failed"
+    if missing := total - scored - failed:
         text += f" + {missing:,} not run"
-    yield depth, "tasks", text + ("" if is_valid else "   (not valid: not every attempt counts)")
+    yield depth, "rollouts", text + ("" if is_valid else "   (not valid: not every attempt counts)")
 
 
 def _value(value: Any) -> str:  # noqa: PLR0911 - one line per kind of value

@@ -19,9 +19,10 @@ import chz
 
 from nanoeval import _codec, _outcomes
 from nanoeval._executors import in_process, processes
+from nanoeval._inspect import list_run_sets
 from nanoeval._monitor_process import monitor_process
 from nanoeval._progress import ProgressBar, progress_bar
-from nanoeval._run_set import RunSet, backup_path, database_path, join_run_set
+from nanoeval._run_set import RunSet, backup_path, database_path, join_run_set, resume_command
 from nanoeval._store import NewTask, StoredEval, backup
 from nanoeval._summary_text import summary_text
 from nanoeval._worker import FatalRolloutError, Job
@@ -93,12 +94,11 @@ async def run_eval_in_database(run_id: str) -> dict[str, Any]:
 
     Raises LookupError if no run set in the database folder has it.
     """
-    paths = [path for folder in database_dirs() for path in folder.glob("*.db")]
-    for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
-        async with joined(path.stem) as run_set:
-            for stored in await run_set.store.evals():
-                if stored.run_id == run_id:
-                    return await resume_eval(run_set, stored)
+    for row in list_run_sets():
+        if run_id in [evaluation.run_id for evaluation in row.evals]:
+            async with joined(row.run_set_id) as run_set:
+                evals = await run_set.store.evals()
+                return await resume_eval(run_set, next(e for e in evals if e.run_id == run_id))
     raise LookupError(f"no run set in {database_dirs()[0]} has a run with run_id={run_id!r}")
 
 
@@ -126,11 +126,6 @@ async def joined(run_set_id: str) -> AsyncIterator[RunSet]:
     path = database_path(run_set_id)
     async with shared_resource(("run set", path), join_run_set(path, role="driver")) as run_set:
         yield run_set
-
-
-def resume_command(run_set_id: str) -> str:
-    """What to type to go on with a run set."""
-    return f"python -m nanoeval.bin.resume run_set_id={run_set_id}"
 
 
 async def _queue(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:

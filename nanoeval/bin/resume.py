@@ -1,26 +1,29 @@
 """Goes on with a run set that was interrupted.
 
     python -m nanoeval.bin.resume run_set_id=ID [resume_completed_evals=True]
+
+Lists what it found, then runs what is left. Tasks that were done stay as they are; what was at work
+when the run ended is run again. Where the working file is gone (a reboot clears /dev/shm), the last
+backup is used. With resume_completed_evals=True the summaries of finished evals are computed anew
+from the stored results.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-import sys
 from typing import Any
 
-import chz
-
+from nanoeval._inspect import find_run_set
 from nanoeval._run_set import RunSet, backup_path, database_path
-from nanoeval._schema import NewerSchemaError
-from nanoeval._store import StoredEval, StoreError, check_database
+from nanoeval._store import StoredEval, check_database
+from nanoeval.bin._command import CommandError, run_command
 from nanoeval.evaluation import joined, resume_eval
 from nanoeval.setup import global_exit_stack, nanoeval_entrypoint, say
 
 
-class RunSetError(RuntimeError):
-    """A run set cannot be resumed; the message says why and what to do."""
+class StillRunningError(CommandError):
+    """A run set is at work in another process."""
 
 
 async def resume(
@@ -29,12 +32,13 @@ async def resume(
     """Go on with all unfinished evals of a run set; returns their summaries.
 
     `resume_completed_evals` also computes the summaries of finished evals anew. Uses the backup
-    where the working file is gone. Raises RunSetError if there is no such run set or it is still
-    running, StoreError if its database is damaged, NewerSchemaError if a later version wrote it.
+    where the working file is gone. Raises UnknownRunSetError if there is no such run set,
+    StillRunningError if it is running, StoreError if its database is damaged, NewerSchemaError if a
+    later version wrote it, PermissionError if it belongs to someone else.
     """
     path, copy = database_path(run_set_id), backup_path(run_set_id)
     if not path.exists() and not copy.exists():
-        raise RunSetError(f"there is no run set {run_set_id!r} in {path.parent} or {copy.parent}")
+        find_run_set(run_set_id)  # raises, and names the nearest ids
     is_restored = not path.exists()
     if is_restored:
         await asyncio.to_thread(check_database, copy)
@@ -60,7 +64,7 @@ async def _refuse_running(run_set: RunSet, is_restored: bool) -> None:
         if is_restored:
             await run_set.store.end_executor(executor_id, "was at work when the backup was made")
         elif role == "driver":
-            raise RunSetError(
+            raise StillRunningError(
                 f"run set {run_set.run_set_id} is still running, as process {process.pid} on"
                 f" {process.host}; end that process first"
             )
@@ -74,13 +78,10 @@ def _describe(stored: StoredEval) -> str:
     return f"{stored.name}: {done}/{stored.num_tasks} done{errors}, {stored.state}"
 
 
-async def main(run_set_id: str, resume_completed_evals: bool = False) -> None:
-    """Go on with a run set: run_set_id=ID, resume_completed_evals=True for new summaries."""
-    try:
-        await resume(run_set_id, resume_completed_evals)
-    except (RunSetError, StoreError, NewerSchemaError, PermissionError) as error:
-        sys.exit(f"nanoeval: {error}")
+def main(run_set_id: str, resume_completed_evals: bool = False) -> None:
+    """Go on with a run set."""
+    nanoeval_entrypoint(resume(run_set_id, resume_completed_evals))
 
 
 if __name__ == "__main__":
-    nanoeval_entrypoint(chz.entrypoint(main))
+    run_command(main, __doc__)
