@@ -94,7 +94,7 @@ def _each_picklable(defined: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in defined.items():
         try:
             cloudpickle.dumps(value, PROTOCOL)
-        except Exception:  # noqa: S112 - reported by whoever needs the definition
+        except Exception:
             continue
         yield name, value
 
@@ -124,7 +124,7 @@ def _unpicklable_part(value: Any, depth: int = 0) -> tuple[str, Any]:
     for name, part in _parts(value) if depth < 5 else ():
         try:
             cloudpickle.dumps(part, PROTOCOL)
-        except Exception:  # noqa: BLE001 - this is the part that was looked for
+        except Exception:
             inner, culprit = _unpicklable_part(part, depth + 1)
             return name + inner, culprit
     return "", value

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from nanoeval import _schema
 from nanoeval._process_identity import ProcessIdentity, this_process
-from nanoeval._run_set import backup_path
+from nanoeval._run_set import backup_path, resume_command
 from nanoeval.fs_paths import check_private, database_dirs
 
 # A reader of a WAL database hardly ever waits: only while somebody recovers or closes the file.
@@ -230,7 +230,8 @@ class RunSetRow:
 
     @property
     def resume_command(self) -> str:
-        return f"python -m nanoeval.bin.resume run_set_id={self.run_set_id}"
+        """What to type to go on with it."""
+        return resume_command(self.run_set_id)
 
 
 def run_set_files() -> list[RunSetFile]:

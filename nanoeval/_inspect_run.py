@@ -18,7 +18,7 @@ from nanoeval import _schema
 # A search that takes more CPU time is cut off, and says so.
 SEARCH_SECONDS = 1.0
 MAX_FOUND = 2000
-SNIPPET_CHARS = 300
+SNIPPET_CHARS = 1000
 
 State = Literal["any", "queued", "running", "scored", "retried", "failed"]
 Verdict = Literal["any", "right", "partial", "wrong"]

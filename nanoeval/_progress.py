@@ -23,14 +23,12 @@ BAR_FORMAT = (
 )
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):  # type: ignore[misc]
     """A tqdm bar whose postfix an eval may set beside the engine's own counts."""
 
     set_by_eval: dict[str, Any] | None = None
 
-    def set_postfix(
-        self, ordered_dict: Any = None, refresh: bool = True, **kwargs: Any
-    ) -> None:
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **kwargs: Any) -> None:
         """Show what an eval's `update_progress` has to say, after the counts."""
         self.set_by_eval = {**dict(ordered_dict or {}), **kwargs}
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanoeval._diagnostics import diagnosing
+from nanoeval._heartbeat import Heartbeat
 from nanoeval._process_identity import ProcessIdentity
-from nanoeval._store import Heartbeat, Store
+from nanoeval._store import Store
 from nanoeval._worker import Worker
 from nanoeval.fs_paths import database_dir, database_dirs, default_root_dir
 from nanoeval.library_config import get_library_config

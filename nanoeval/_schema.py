@@ -185,8 +185,9 @@ def refuse_newer(db: sqlite3.Connection, path: str) -> None:
     (found,) = db.execute("PRAGMA user_version").fetchone()
     if found > len(MIGRATIONS):
         row = db.execute("SELECT nanoeval_version FROM run_set").fetchone()
+        writer = f"nanoeval {row[0]}" if row else "an unknown version"
         raise NewerSchemaError(
-            f"{path} has schema {found}, written by nanoeval {row[0] if row else 'of unknown version'};"
-            f" this is {library_version()}, which reads up to schema {len(MIGRATIONS)}."
-            " The file was left as it is; install that version or a later one to use it"
+            f"{path} has schema {found}, written by {writer}; this is nanoeval {library_version()},"
+            f" which reads up to schema {len(MIGRATIONS)}. The file was left as it is; install that"
+            " version or a later one to use it"
         )

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,12 @@ from typing import Any, NamedTuple, Self, TypeVar
 import aiosqlite
 
 from nanoeval import _schema
+from nanoeval._database_file import connect, explained_errors, in_transaction
 from nanoeval._process_identity import ProcessIdentity, this_process
 from nanoeval.fs_paths import check_private
 
 T = TypeVar("T")
 
-BUSY_TIMEOUT = 30.0
-# A larger write-ahead log means fewer, larger checkpoints on the writing thread.
-WAL_AUTOCHECKPOINT_PAGES = 4000
 RESULTS_PER_READ = 2000
 
 CREATE_RUN_SET = """
@@ -206,7 +203,9 @@ VALUES (:task_id, :eval_id, :executor_id, :number, :now)"""
 
 NEXT_DUE = "SELECT min(t.not_before) FROM task AS t WHERE t.eval_id = :eval_id AND t.state = 0"
 
-MAKE_DUE = "UPDATE task SET not_before = 0 WHERE eval_id = :eval_id AND state = 0 AND not_before > 0"
+MAKE_DUE = (
+    "UPDATE task SET not_before = 0 WHERE eval_id = :eval_id AND state = 0 AND not_before > 0"
+)
 
 EVALS = """
 SELECT e.id, e.run_id, e.name, e.state, e.num_tasks, e.num_scored, e.num_failed, e.spec, e.recorder
@@ -219,10 +218,6 @@ FROM outcome AS o
     JOIN task AS t ON t.id = o.task_id
     JOIN task_payload AS p ON p.task_id = o.task_id
 WHERE o.seq > :seq AND o.eval_id = :eval_id AND o.state IN (2, 4) ORDER BY o.seq LIMIT :limit"""
-
-
-class StoreError(RuntimeError):
-    """The database cannot be used; the message says what is safe and what to do."""
 
 
 class DuplicateTaskError(ValueError):
@@ -334,43 +329,12 @@ class _Writer(aiosqlite.Connection):
     """An aiosqlite connection that carries a whole transaction in one trip to its thread."""
 
     async def transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        result: T = await self._execute(_in_transaction, self._conn, work)
+        result: T = await self._execute(in_transaction, self._conn, work)  # type: ignore[no-untyped-call]
         return result
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
-        result: T = await self._execute(query, self._conn)
+        result: T = await self._execute(query, self._conn)  # type: ignore[no-untyped-call]
         return result
-
-
-def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        result = work(db)
-        db.execute("COMMIT")
-        return result
-    except BaseException:
-        # A full disk rolls back by itself; a second rollback would hide the cause.
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(
-        path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-    )
-    try:
-        _schema.refuse_newer(db, str(path))
-        db.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode NORMAL survives the death of any process without a sync per commit.
-        db.execute("PRAGMA synchronous = NORMAL")
-        db.execute(f"PRAGMA wal_autocheckpoint = {WAL_AUTOCHECKPOINT_PAGES}")
-        db.execute("PRAGMA temp_store = MEMORY")
-        _schema.migrate(db, str(path))
-    except BaseException:
-        db.close()
-        raise
-    return db
 
 
 class Store:
@@ -385,10 +349,12 @@ class Store:
         """Open or create the file. Raises StoreError, NewerSchemaError or PermissionError."""
         if self.path.exists():
             check_private(self.path)
-        with self._explained_errors():
+        with explained_errors(self.path):
             # Made private from its first byte; SQLite gives its side files the same mode.
             self.path.touch(mode=0o600)
-            self._writer = await _Writer(partial(_connect, self.path), iter_chunk_size=64)
+            writer = _Writer(partial(connect, self.path), iter_chunk_size=64)
+            await writer
+            self._writer = writer
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -451,7 +417,7 @@ class Store:
         return eval_id
 
     async def add_tasks(self, eval_id: int, first_position: int, tasks: Sequence[NewTask]) -> None:
-        """Queue tasks as one transaction, in their order; they can be claimed after `start_eval`."""
+        """Queue tasks as one transaction, in order; they can be claimed after `start_eval`."""
         payloads = [task.payload for task in tasks]
         rows = [
             (task.question_id, task.attempt_id, task.retry_idx, task.preview, start, length)
@@ -567,7 +533,7 @@ class Store:
         """Yield, in batches, (seq, position, task pickle, result pickle) committed after `seq`."""
         while True:
             row = {"eval_id": eval_id, "seq": seq, "limit": RESULTS_PER_READ}
-            batch = await self._read(lambda db, row=row: db.execute(RESULTS_SINCE, row).fetchall())
+            batch = await self._read(partial(_fetch_all, RESULTS_SINCE, row))
             if not batch:
                 return
             yield batch
@@ -575,53 +541,17 @@ class Store:
 
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         assert self._writer is not None, "the store is closed"
-        with self._explained_errors():
+        with explained_errors(self.path):
             return await self._writer.transact(work)
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         assert self._writer is not None, "the store is closed"
-        with self._explained_errors():
+        with explained_errors(self.path):
             return await self._writer.read(query)
 
-    @contextmanager
-    def _explained_errors(self) -> Any:
-        try:
-            yield
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise StoreError(explain(error, self.path)) from error
 
-
-def explain(error: Exception, path: Path) -> str:
-    """What a person needs to know of an SQLite error: what is safe, and what to do."""
-    text = str(error)
-    if "full" in text:
-        return (
-            f"the disk that holds {path} is full; everything committed before is safe in that"
-            " file. Make room there (or move the file and set NANOEVAL_DATABASE_DIR to its new"
-            " folder), then resume the run set"
-        )
-    if "locked" in text or "busy" in text:
-        return (
-            f"{path} was locked by another process for more than {BUSY_TIMEOUT:.0f} s ({text});"
-            " its contents are safe. End what holds it (an open sqlite shell, a backup), then"
-            " resume the run set"
-        )
-    if "readonly" in text or "unable to open" in text:
-        return (
-            f"{path} cannot be written ({text}). Set NANOEVAL_DATABASE_DIR to a folder that this"
-            " user can write to"
-        )
-    # A damaged schema may not even be text.
-    if isinstance(error, UnicodeDecodeError) or "malformed" in text or "not a database" in text or "corrupt" in text:
-        return _damaged(path, text)
-    return f"{path}: {text}"
-
-
-def _damaged(path: Path, detail: str) -> str:
-    return (
-        f"{path} is damaged ({detail}); nothing was read from it. A backup, if one was made, is"
-        " used when the damaged file is moved away and the run set is resumed"
-    )
+def _fetch_all(query: str, row: dict[str, Any], db: sqlite3.Connection) -> list[Any]:
+    return db.execute(query, row).fetchall()
 
 
 def _add_executor(db: sqlite3.Connection, role: str, lease: float) -> int:
@@ -640,9 +570,7 @@ def _add_executor(db: sqlite3.Connection, role: str, lease: float) -> int:
     return executor_id
 
 
-def _end_executor(
-    db: sqlite3.Connection, executor_id: int, reason: str, losses: int = 0
-) -> int:
+def _end_executor(db: sqlite3.Connection, executor_id: int, reason: str, losses: int = 0) -> int:
     row = {"executor_id": executor_id, "reason": reason, "now": time.time()}
     db.execute(END_EXECUTOR, row)
     return _put_back(db, executor_id, losses=losses)
@@ -662,6 +590,15 @@ def _live_executors(db: sqlite3.Connection) -> list[tuple[int, str, ProcessIdent
         (id, role, ProcessIdentity(host, host_id, pid, started), lease_until)
         for id, role, host, host_id, pid, started, lease_until in db.execute(LIVE_EXECUTORS)
     ]
+
+
+def beat(
+    db: sqlite3.Connection, executor_id: int, lease: float
+) -> list[tuple[ProcessIdentity, int]]:
+    """Renew an executor's lease and reap the others that died, in the caller's transaction."""
+    now = time.time()
+    db.execute(BEAT, {"executor_id": executor_id, "now": now, "lease_until": now + lease})
+    return _reap(db, losses=1)
 
 
 def _reap(db: sqlite3.Connection, losses: int) -> list[tuple[ProcessIdentity, int]]:
@@ -719,6 +656,7 @@ def _progress(db: sqlite3.Connection, eval_id: int) -> Progress:
 
 def _exchange(
     db: sqlite3.Connection,
+    *,
     executor_id: int,
     eval_id: int,
     finishes: Sequence[Finish],
@@ -823,58 +761,6 @@ def _to_json(rows: list[tuple[Any, ...]]) -> str:
     return json.dumps(rows).replace("\\u0000", "\\ufffd")
 
 
-class Heartbeat:
-    """Renews an executor's lease from a thread of its own, and reaps executors that died.
-
-    The thread has its own connection, so that neither a blocked event loop nor a long transaction
-    of the writing thread costs the lease. `on_reaped` is called, on that thread, with each dead
-    executor's process and the number of its tasks that went back to the queue.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        executor_id: int,
-        lease: float,
-        on_reaped: Callable[[ProcessIdentity, int], None],
-    ) -> None:
-        self._path, self._executor_id, self._lease = path, executor_id, lease
-        self._on_reaped = on_reaped
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nanoeval-heartbeat", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        interval = min(self._lease / 4, 2.0)
-        db: sqlite3.Connection | None = None
-        while not self._stop.wait(interval):
-            try:
-                db = db or _connect(self._path)
-                for process, requeued in _in_transaction(db, self._beat):
-                    self._on_reaped(process, requeued)
-            except sqlite3.Error:
-                continue  # the writing connection meets the same trouble and reports it
-        if db is not None:
-            db.close()
-
-    def _beat(self, db: sqlite3.Connection) -> list[tuple[ProcessIdentity, int]]:
-        now = time.time()
-        row = {
-            "executor_id": self._executor_id,
-            "now": now,
-            "lease_until": now + self._lease,
-        }
-        db.execute(BEAT, row)
-        return _reap(db, losses=1)
-
-
 def diagnose(path: Path, executor_id: int, **counts: Any) -> None:
     """Add to an executor's diagnosis: stalls, slow_callbacks, diagnosis, aiomonitor_port.
 
@@ -882,43 +768,5 @@ def diagnose(path: Path, executor_id: int, **counts: Any) -> None:
     """
     row = {"stalls": 0, "slow_callbacks": 0, "diagnosis": None, "aiomonitor_port": None}
     row |= {"executor_id": executor_id, **counts}
-    with closing(_connect(path)) as db:
+    with closing(connect(path)) as db:
         db.execute(DIAGNOSE_EXECUTOR, row)
-
-
-def check_database(path: Path) -> None:
-    """Look whether a database can be used, without changing or unpickling anything.
-
-    Raises PermissionError if it belongs to someone else, NewerSchemaError if a later version wrote
-    it, StoreError if it is damaged or cannot be read. Blocks: call it in a thread.
-    """
-    check_private(path)
-    try:
-        # Not read-only: the log of a killed process has to be played back first.
-        with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)) as db:
-            _schema.refuse_newer(db, str(path))
-            problems = db.execute("PRAGMA quick_check(1)").fetchall()
-            if problems != [("ok",)]:
-                raise StoreError(_damaged(path, problems[0][0]))
-            db.execute(GET_DEFINITIONS).fetchone()
-    except sqlite3.DatabaseError as error:
-        raise StoreError(explain(error, path)) from error
-
-
-def backup(source: Path, target: Path) -> None:
-    """Copy a database consistently while it is in use, replacing `target` in one step.
-
-    Blocks: call it in a thread.
-    """
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial_copy = target.with_suffix(f".{threading.get_ident()}.partial")
-    try:
-        partial_copy.touch(mode=0o600, exist_ok=False)
-        with (
-            closing(sqlite3.connect(source, timeout=BUSY_TIMEOUT)) as read,
-            closing(sqlite3.connect(partial_copy)) as write,
-        ):
-            read.backup(write)
-        partial_copy.replace(target)
-    finally:
-        partial_copy.unlink(missing_ok=True)

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nanoeval import _codec, _outcomes, _schema
-from nanoeval._store import Claim, Exchange, Finish, Progress, Store, StoreError
+from nanoeval._database_file import StoreError
+from nanoeval._store import Claim, Exchange, Finish, Progress, Store
 from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
 from nanoeval.recorder import set_default_recorder
 from nanoeval.recorder_protocol import RecorderProtocol
@@ -96,7 +97,7 @@ class Worker:
                 async with asyncio.TaskGroup() as rollouts:
                     try:
                         await self._serve(rollouts, contexts)
-                    except Exception as raised:  # noqa: BLE001 - raised again below, outside the group
+                    except Exception as raised:
                         error = raised
                     finally:
                         # From here on a cancelled rollout is ours, not the eval's own doing.
@@ -207,7 +208,7 @@ class Worker:
                         result = await self._job.eval.evaluate(task)
                 finish = self._scored(claim, started_at, result)
                 self._job.recorder.record_sample_completed()
-        except BaseException as error:  # noqa: BLE001 - the task boundary
+        except BaseException as error:
             if self._running.get(claim.task_id) is not asyncio.current_task():
                 return  # the claim was taken back
             if isinstance(error, asyncio.CancelledError) and self._is_stopping:
@@ -285,7 +286,7 @@ class Worker:
                     traceback=finish.traceback,
                     is_retried=finish.state == _schema.RETRIED,
                 )
-        except Exception as recorder_error:  # noqa: BLE001 - a user's recorder, at the task boundary
+        except Exception as recorder_error:
             recorder_error.add_note(f"raised by {type(self._job.recorder).__name__}.record_error")
             self._fatal.append(FatalRolloutError(claim.question_id, recorder_error))
 
@@ -324,7 +325,7 @@ async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
             await asyncio.shield(task)
         except asyncio.CancelledError as error:
             cancelled = error
-        except BaseException:  # noqa: BLE001 - raised by result() below
+        except BaseException:
             break
     result = task.result()
     if cancelled is not None:

@@ -6,7 +6,7 @@ Knows nothing of how a run is carried out.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import chz
@@ -42,8 +42,8 @@ class Task(BaseModel):
     def _refuse_slash(cls, value: str) -> str:
         if "/" in value:
             raise ValueError(
-                f'question_id={value!r} contains a "/", which names of files and links cannot carry;'
-                ' replace it, for example with "_"'
+                f'question_id={value!r} contains a "/", which names of files and links cannot'
+                ' carry; replace it, for example with "_"'
             )
         return value
 
@@ -77,7 +77,7 @@ class SystemErrorsNotSupported(ValueError):
 def assert_no_system_errors(
     results: Sequence[tuple[TTask, TResult | RolloutSystemError]],
 ) -> Sequence[tuple[TTask, TResult]]:
-    """Return `results` unchanged, or raise SystemErrorsNotSupported naming the tasks that failed."""
+    """Return `results` unchanged, or raise SystemErrorsNotSupported naming what failed."""
     failed = [(task, r) for task, r in results if isinstance(r, RolloutSystemError)]
     if failed:
         shown = "; ".join(f"{task.name}: {type(r).__name__}: {r}" for task, r in failed[:5])
@@ -102,7 +102,7 @@ class Eval(HasAsyncContextManager, Generic[TTask, TResult]):
         """A short name, shown wherever the run is."""
         raise NotImplementedError(f"{type(self).__name__} must define get_name()")
 
-    async def get_tasks(self) -> Sequence[TTask] | AsyncIterator[TTask]:
+    async def get_tasks(self) -> Sequence[TTask] | AsyncIterable[TTask]:
         """All tasks. An async generator is also accepted; its tasks are queued as they come."""
         raise NotImplementedError(f"{type(self).__name__} must define get_tasks()")
 
@@ -175,12 +175,18 @@ class _SilentBar:
 
 async def list_tasks(eval: Eval[TTask, Any]) -> list[TTask]:
     """All tasks of `eval` as a list, whether `get_tasks` returns a sequence or is a generator."""
-    tasks = eval.get_tasks()
-    if not hasattr(tasks, "__aiter__"):
-        tasks = await tasks
-    if hasattr(tasks, "__aiter__"):
+    tasks = await get_tasks(eval)
+    if isinstance(tasks, AsyncIterable):
         return [task async for task in tasks]
     return list(tasks)
+
+
+async def get_tasks(eval: Eval[TTask, Any]) -> Sequence[TTask] | AsyncIterable[TTask]:
+    """What `eval.get_tasks` gives, awaited if need be: an async generator is not."""
+    tasks: Any = eval.get_tasks()
+    if not isinstance(tasks, AsyncIterable):
+        tasks = await tasks
+    return tasks  # type: ignore[no-any-return]
 
 
 @chz.chz

@@ -11,19 +11,20 @@ import random
 import sqlite3
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import chz
 
 from nanoeval import _codec, _outcomes
+from nanoeval._database_file import backup
 from nanoeval._executors import in_process, processes
 from nanoeval._inspect import list_run_sets
 from nanoeval._monitor_process import monitor_process
 from nanoeval._progress import ProgressBar, progress_bar
 from nanoeval._run_set import RunSet, backup_path, database_path, join_run_set, resume_command
-from nanoeval._store import NewTask, StoredEval, backup
+from nanoeval._store import NewTask, StoredEval
 from nanoeval._summary_text import summary_text
 from nanoeval._worker import FatalRolloutError, Job
 from nanoeval.eval import (
@@ -35,6 +36,7 @@ from nanoeval.eval import (
     SystemErrorsNotSupported,
     Task,
     assert_no_system_errors,
+    get_tasks,
 )
 from nanoeval.fs_paths import database_dirs
 from nanoeval.library_config import get_library_config
@@ -66,10 +68,10 @@ SECONDS_PER_BACKUP = 180.0
 async def run(spec: EvalSpec) -> dict[str, Any]:
     """Run an eval to its end and return its summary, with `run_id` added.
 
-    Raises ValueError if the eval lists no tasks or one twice; TypeError if the spec or a task cannot
-    be pickled; an ExceptionGroup of what `evaluate` raised, where that ended the run; and whatever
-    the eval's other methods raise. Results that were finished before are kept, and a note on the
-    exception gives the command that resumes the run.
+    Raises ValueError if the eval lists no tasks or one twice; TypeError if the spec or a task
+    cannot be pickled; an ExceptionGroup of what `evaluate` raised, where that ended the run; and
+    whatever the eval's other methods raise. Results that were finished before are kept, and a note
+    on the exception gives the command that resumes the run.
     """
     runner = spec.runner
     if runner.run_set_id is None:
@@ -129,7 +131,7 @@ async def joined(run_set_id: str) -> AsyncIterator[RunSet]:
 
 
 async def _queue(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
-    """List the eval's tasks and put them into the database; returns its id and how many they are."""
+    """List the eval's tasks and queue them; returns the eval's id and how many tasks it has."""
     name = spec.eval.get_name()
     blob = _codec.dumps(spec, f"the EvalSpec of {name}")
     needs_definitions = b"__main__" in blob
@@ -158,10 +160,8 @@ async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Task]:
     """The first `n_tasks` tasks, shuffled if asked for. Only shuffling needs a generator's all."""
     name, n_tasks = spec.eval.get_name(), spec.runner.n_tasks
     with _noting(f"raised by {name}.get_tasks()"):
-        tasks = spec.eval.get_tasks()
-        if not hasattr(tasks, "__aiter__"):
-            tasks = await tasks
-        if hasattr(tasks, "__aiter__") and not spec.runner.shuffle:
+        tasks = await get_tasks(spec.eval)
+        if isinstance(tasks, AsyncIterable) and not spec.runner.shuffle:
             index = 0
             async for task in tasks:
                 if index == n_tasks:
@@ -169,7 +169,7 @@ async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Task]:
                 index += 1
                 yield task
             return
-        listed = [task async for task in tasks] if hasattr(tasks, "__aiter__") else list(tasks)
+        listed = [t async for t in tasks] if isinstance(tasks, AsyncIterable) else list(tasks)
     listed = listed[:n_tasks]
     if spec.runner.shuffle:
         random.shuffle(listed)
@@ -207,9 +207,7 @@ def _recorder_config(spec: EvalSpec) -> Any:
     return spec.runner.recorder or get_library_config().get_default_recorder()
 
 
-async def _start(
-    run_set: RunSet, spec: EvalSpec, eval_id: int, num_tasks: int
-) -> RecorderProtocol:
+async def _start(run_set: RunSet, spec: EvalSpec, eval_id: int, num_tasks: int) -> RecorderProtocol:
     """Build the run's recorder and let the queued tasks go."""
     config = _recorder_config(spec)
     try:
@@ -270,9 +268,7 @@ async def _carry_out(
 
 
 @asynccontextmanager
-async def _watched(
-    run_set: RunSet, spec: EvalSpec, num_tasks: int
-) -> AsyncIterator[ProgressBar]:
+async def _watched(run_set: RunSet, spec: EvalSpec, num_tasks: int) -> AsyncIterator[ProgressBar]:
     """A progress bar for the block, the monitor if asked for, and backups to its end."""
     async with AsyncExitStack() as beside:
         if spec.runner.use_monitor:
@@ -305,7 +301,7 @@ async def _background(*chores: Any) -> AsyncIterator[None]:
         tasks = [group.create_task(chore) for chore in chores]
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - raised again below, outside the group
+        except Exception as error:
             raised = error
         finally:
             for task in tasks:

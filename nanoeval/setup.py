@@ -8,7 +8,12 @@ import signal
 import sys
 import threading
 from collections.abc import Coroutine, Hashable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from contextvars import ContextVar, Token
 from typing import Any, Self, TypeVar
 
@@ -55,8 +60,8 @@ class GlobalExitStack:
     """
 
     def __init__(self) -> None:
-        self._blocks: ContextVar[tuple[tuple[SharedResources | None, Token[Any]], ...]] = ContextVar(
-            "nanoeval_blocks", default=()
+        self._blocks: ContextVar[tuple[tuple[SharedResources | None, Token[Any]], ...]] = (
+            ContextVar("nanoeval_blocks", default=())
         )
 
     async def __aenter__(self) -> Self:
@@ -140,7 +145,9 @@ def _first_signal_cancels(task: asyncio.Task[Any]) -> Iterator[None]:
         os.write(2, b"\nStopping: handing in what is finished. Once more to exit at once.\n")
         loop.call_soon_threadsafe(task.cancel)
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -164,7 +171,7 @@ def raise_file_limit() -> None:
         return
     # Some systems report an unlimited hard limit and refuse anything above a lower one.
     for limit in (hard, 1_048_576, 65_536, 10_240):
-        if limit != resource.RLIM_INFINITY and soft != resource.RLIM_INFINITY and limit <= soft:
+        if resource.RLIM_INFINITY not in {limit, soft} and limit <= soft:
             return
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

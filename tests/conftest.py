@@ -35,3 +35,13 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def database_folder() -> Path:
     """Where this test's databases lie; made by the first run."""
     return Path(os.environ["NANOEVAL_DATABASE_DIR"])
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Where everything a test needs has been brought, a skipped test is a failure."""
+    if not os.environ.get("NANOEVAL_FAIL_ON_SKIP") or exitstatus != pytest.ExitCode.OK:
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and (skipped := reporter.stats.get("skipped")):
+        reporter.write_line(f"{len(skipped)} tests were skipped, and NANOEVAL_FAIL_ON_SKIP is set")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

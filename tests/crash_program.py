@@ -13,7 +13,9 @@ from nanoeval.setup import nanoeval_entrypoint
 from tests.sample_evals import Sums, spec
 
 
-async def main(run_set_id: str, log: str, mode: str, n: str = "2000", seconds: str = "0.02") -> None:
+async def main(
+    run_set_id: str, log: str, mode: str, n: str = "2000", seconds: str = "0.02"
+) -> None:
     processes = {"experimental_use_multiprocessing": True, "num_processes": 2}
     eval = Sums(n=int(n), seconds=float(seconds), flaky=50, log=log)
     summary = await run(

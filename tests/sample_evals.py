@@ -108,5 +108,9 @@ def lines(path: str | Path) -> list[str]:
 
 def spec(eval: Eval[Any, Any], **runner: Any) -> EvalSpec:
     """`eval` with a dummy recorder, without backups and with quick retries unless `runner` says."""
-    defaults = {"recorder": dummy_recorder(log=False), "should_backup": False, "retry_backoff": 0.01}
+    defaults = {
+        "recorder": dummy_recorder(log=False),
+        "should_backup": False,
+        "retry_backoff": 0.01,
+    }
     return EvalSpec(eval=eval, runner=RunnerArgs(**(defaults | runner)))

@@ -114,16 +114,14 @@ def test_killed_main_process_loses_no_result(
     for _ in range(20):
         before = committed(path)
         # From within the queueing to well into the rollouts.
-        wait_until(lambda: path.exists() or process.poll() is not None)
+        wait_until(lambda p=process: path.exists() or p.poll() is not None)
         time.sleep(moments.uniform(0.0, 0.5))
         end(process)
         assert before <= committed(path)
-        done = committed(path)
         ran = len(lines(log))
         process = start_resume("killed")
         if moments.random() < 0.5:
-            wait_until(lambda ran=ran: len(lines(log)) > ran or process.poll() is not None)
-        del done
+            wait_until(lambda ran=ran, p=process: len(lines(log)) > ran or p.poll() is not None)
     stderr = process.communicate(timeout=120)[1].decode()
     if process.returncode != 0:
         pytest.fail(stderr)
@@ -297,7 +295,9 @@ async def test_a_blocked_event_loop_keeps_its_claims(
             return result
 
     log = tmp_path / "log"
-    bystander = subprocess.Popen([sys.executable, "-c", REAPER, str(database_folder / "blocked.db")])
+    bystander = subprocess.Popen(
+        [sys.executable, "-c", REAPER, str(database_folder / "blocked.db")]
+    )
     try:
         await run(spec(Blocking(n=50, seconds=0.01, log=str(log)), run_set_id="blocked"))
     finally:

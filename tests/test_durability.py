@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from nanoeval import _codec, _schema, run
-from nanoeval._schema import NewerSchemaError
-from nanoeval._store import StoreError
+from nanoeval._database_file import StoreError
 from nanoeval._inspect import UnknownRunSetError
+from nanoeval._schema import NewerSchemaError
 from nanoeval.bin.resume import resume
 from tests.sample_evals import Sums, spec
 
@@ -33,6 +33,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "tmpfs", str(folder)],
         capture_output=True,
+        check=False,
     )
     if mounted.returncode != 0:
         pytest.skip("mounting a tmpfs needs root: run the tests as root")
@@ -185,7 +186,7 @@ async def test_something_that_is_no_database_is_refused(database_folder: Path) -
 
 
 async def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
-    """"unable to open database file" names neither file nor remedy."""
+    """ "unable to open database file" names neither file nor remedy."""
     code = (
         "import asyncio, os, sys\n"
         f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
@@ -194,7 +195,7 @@ async def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
         "from tests.sample_evals import Sums, spec\n"
         "asyncio.run(run(spec(Sums(n=1))))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "/proc/nowhere" in "".join(done.stderr.splitlines()[-3:])
 
@@ -232,7 +233,10 @@ def test_evals_of_main_are_resumed_by_another_program(tmp_path: Path) -> None:
         "asyncio.run(nanoeval.run(spec))\n"
     )
     killed = subprocess.run(
-        [sys.executable, str(script)], env={**os.environ, "FIRST": "1"}, capture_output=True
+        [sys.executable, str(script)],
+        env={**os.environ, "FIRST": "1"},
+        capture_output=True,
+        check=False,
     )
     assert killed.returncode == -9, killed.stderr.decode()
     resumed = subprocess.run(
@@ -240,6 +244,7 @@ def test_evals_of_main_are_resumed_by_another_program(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
+        check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
     database = Path(os.environ["NANOEVAL_DATABASE_DIR"], "mine.db")

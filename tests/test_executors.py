@@ -168,9 +168,7 @@ async def test_a_starving_eval_does_not_hold_up_another(
 
 async def test_a_rollout_past_its_timeout_is_a_system_error(mode: dict[str, Any]) -> None:
     """A rollout that hangs would hang the run."""
-    summary = await run(
-        spec(Sums(n=3, seconds=30), rollout_timeout=0.05, max_retries=1, **mode)
-    )
+    summary = await run(spec(Sums(n=3, seconds=30), rollout_timeout=0.05, max_retries=1, **mode))
     assert summary["num_failed"] == 3
 
 

@@ -21,7 +21,7 @@ FLOORS = {
     " _jsonl _line_writer",
     1: "setup library_config fs_paths recorder recorders json_recorder"
     " _recorder_base _dummy_recorder _console",
-    2: "_store _schema _inspect _worker _progress _run_set _summary_text"
+    2: "_store _schema _database_file _heartbeat _inspect _worker _progress _run_set _summary_text"
     " _inspect_run _diagnostics _stacks _aiomonitor _monitor_process",
     3: "_executors",
     # The package's own __init__ gives the engine, so that importing from it counts as that.

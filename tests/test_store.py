@@ -17,16 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanoeval import _schema
+from nanoeval._database_file import StoreError, backup, check_database
+from nanoeval._heartbeat import Heartbeat
 from nanoeval._store import (
     Claim,
     DuplicateTaskError,
     Finish,
-    Heartbeat,
     NewTask,
     Store,
-    StoreError,
-    backup,
-    check_database,
 )
 
 
@@ -35,7 +33,9 @@ def new_tasks(n: int, first: int = 0) -> list[NewTask]:
 
 
 @contextlib.asynccontextmanager
-async def open_store(path: Path, n_tasks: int = 0, concurrency: int | None = None, lease: float = 60) -> Any:
+async def open_store(
+    path: Path, n_tasks: int = 0, concurrency: int | None = None, lease: float = 60
+) -> Any:
     """A store with one running eval of `n_tasks` and one executor: (store, eval id, executor)."""
     async with Store(path, lease) as store:
         executor_id = await store.add_executor("driver")
@@ -198,9 +198,7 @@ class StoreMachine(RuleBasedStateMachine):
         late = [claim for owner, claim in self.lost if owner == executor_id]
         finishes += [scored(claim, b"late") for claim in late]
         random.Random(len(finishes)).shuffle(finishes)
-        answer = self.do(
-            self.store.exchange(executor_id, self.eval_id, finishes, wanted, sharers)
-        )
+        answer = self.do(self.store.exchange(executor_id, self.eval_id, finishes, wanted, sharers))
         for finish in finishes:
             if finish.claim in chosen and finish.state in (_schema.SCORED, _schema.FAILED):
                 self.accepted[finish.claim.question_id] += 1

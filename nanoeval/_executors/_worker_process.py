@@ -14,7 +14,7 @@ from typing import Any
 
 from nanoeval import _codec
 from nanoeval._executors.processes import LENGTH, Order
-from nanoeval._run_set import join_run_set
+from nanoeval._run_set import RunSet, join_run_set
 from nanoeval._store import StoredEval
 from nanoeval._worker import Job, Worker
 from nanoeval.library_config import set_library_config
@@ -76,13 +76,13 @@ class WorkerProcess:
                     await worker.serve()
         except ExceptionGroup as group:
             errors = list(group.exceptions)
-        except Exception as error:  # noqa: BLE001 - everything is told to the parent
+        except Exception as error:
             errors = [error]
         finally:
             del self._orders[number]
             self._answer("done", number, _portable(errors) if errors else None)
 
-    async def _stored_eval(self, run_set: Any, eval_id: int) -> StoredEval:
+    async def _stored_eval(self, run_set: RunSet, eval_id: int) -> StoredEval:
         _codec.install_main_definitions(await run_set.store.definitions())
         return next(e for e in await run_set.store.evals() if e.eval_id == eval_id)
 
@@ -95,9 +95,7 @@ def _job(stored: StoredEval) -> Job:
     spec = _codec.loads(stored.spec)
     assert stored.run_id is not None
     assert stored.recorder is not None
-    return Job(
-        stored.eval_id, stored.run_id, spec.eval, spec.runner, _codec.loads(stored.recorder)
-    )
+    return Job(stored.eval_id, stored.run_id, spec.eval, spec.runner, _codec.loads(stored.recorder))
 
 
 def _portable(errors: list[BaseException]) -> bytes:
@@ -115,7 +113,7 @@ def _portable(errors: list[BaseException]) -> bytes:
             if isinstance(error, FatalRolloutError)
             else copy
         )
-    return pickle.dumps(portable, _codec.PROTOCOL)
+    return _codec.dumps(portable, "the errors of a worker process")
 
 
 async def _main(connection: socket.socket) -> None:

@@ -163,7 +163,9 @@ class WorkerPool:
             for task in serving:
                 task.cancel()
             others = await asyncio.gather(*serving, return_exceptions=True)
-        errors += [e for answer in others if isinstance(answer, list) for e in answer if e not in errors]
+        errors += [
+            e for answer in others if isinstance(answer, list) for e in answer if e not in errors
+        ]
         fatal = [error for error in errors if isinstance(error, FatalRolloutError)]
         if fatal:
             raise ExceptionGroup("rollouts ended the run", fatal)

@@ -15,9 +15,9 @@ from chz.blueprint import (
     MissingBlueprintArg,
 )
 
+from nanoeval._database_file import StoreError
 from nanoeval._inspect import UnknownRunSetError, UnreadableRunSetError
 from nanoeval._schema import NewerSchemaError
-from nanoeval._store import StoreError
 
 HELP_WORDS = {"--help", "-h", "help"}
 EXIT_INTERRUPTED = 130

@@ -14,9 +14,10 @@ import asyncio
 import shutil
 from typing import Any
 
+from nanoeval._database_file import check_database
 from nanoeval._inspect import find_run_set
 from nanoeval._run_set import RunSet, backup_path, database_path
-from nanoeval._store import StoredEval, check_database
+from nanoeval._store import StoredEval
 from nanoeval.bin._command import CommandError, run_command
 from nanoeval.evaluation import joined, resume_eval
 from nanoeval.setup import global_exit_stack, nanoeval_entrypoint, say
@@ -26,9 +27,7 @@ class StillRunningError(CommandError):
     """A run set is at work in another process."""
 
 
-async def resume(
-    run_set_id: str, resume_completed_evals: bool = False
-) -> list[dict[str, Any]]:
+async def resume(run_set_id: str, resume_completed_evals: bool = False) -> list[dict[str, Any]]:
     """Go on with all unfinished evals of a run set; returns their summaries.
 
     `resume_completed_evals` also computes the summaries of finished evals anew. Uses the backup
