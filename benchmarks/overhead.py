@@ -145,6 +145,45 @@ def measure(repeat: int) -> list[dict[str, Any]]:
     return rows
 
 
+def memory_per_queued_task(n: int = 200_000) -> dict[str, Any]:
+    """The most resident memory that queueing adds to the caller's own Task objects, per task."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import overhead; overhead.print_queueing_memory({n})"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return {
+        "what": "memory per queued task",
+        "rollouts": n,
+        "bytes": round(float(out.stdout.split()[-1])),
+    }
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def print_queueing_memory(n: int) -> None:
+    """Queue `n` tasks; print the most that the process grew by until the first rollout, per task."""
+    seen: dict[str, int] = {}
+
+    @chz.chz
+    class Watching(Noop):
+        async def get_tasks(self) -> list[Task]:
+            tasks = await super().get_tasks()
+            seen["listed"] = resident_bytes()
+            return tasks
+
+        async def evaluate(self, task: Task) -> bool:
+            seen.setdefault("most", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            raise KeyError("enough is seen")
+
+    asyncio.run(ours(Noop(n=100), 1))
+    with contextlib.suppress(ExceptionGroup):
+        asyncio.run(ours(Watching(n=n), 1))
+    print((seen["most"] - seen["listed"]) / n)
+
+
 def start_up() -> list[dict[str, Any]]:
     """CPU of `import nanoeval`, and the wall time of a process that runs one task."""
 
@@ -188,7 +227,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOEVAL_LOG_DIR"] = f"{folder}/records"
         os.environ["NANOEVAL_ROOT_DIR"] = f"{folder}/root"
-        rows = [*measure(arguments.repeat), *start_up()]
+        rows = [*measure(arguments.repeat), memory_per_queued_task(), *start_up()]
     print(machine())
     for row in rows:
         shown = "  ".join(f"{k}={v}" for k, v in row.items() if k != "what")

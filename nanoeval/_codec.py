@@ -15,7 +15,8 @@ from typing import Any
 from zlib import crc32
 
 PROTOCOL = 5
-CHECKSUM_BYTES = 4
+# Of bytes followed by their own CRC-32, lowest byte first, the CRC-32 is always this.
+CRC32_RESIDUE = 0x2144DF1C
 
 
 class NotPicklableError(TypeError):
@@ -32,7 +33,7 @@ def dumps(value: Any, what: str) -> bytes:
         blob = pickle.dumps(value, PROTOCOL)
     except Exception:  # pickle raises whatever an object's own __reduce__ raises
         blob = _dumps_by_value(value, what)
-    return blob + crc32(blob).to_bytes(CHECKSUM_BYTES)
+    return blob + crc32(blob).to_bytes(4, "little")
 
 
 def _dumps_by_value(value: Any, what: str) -> bytes:
@@ -56,7 +57,7 @@ def loads(blob: bytes) -> Any:
     Raises DamagedPickleError, before anything is unpickled, for bytes that have changed since.
     """
     # The checksum stands behind the pickle, which knows its own end.
-    if crc32(memoryview(blob)[:-CHECKSUM_BYTES]) != int.from_bytes(blob[-CHECKSUM_BYTES:]):
+    if crc32(blob) != CRC32_RESIDUE:
         raise DamagedPickleError(
             f"a pickle of {len(blob)} bytes in the database has changed since it was written: the"
             " file is damaged. Go on from its backup, if one was made: move the file away and"
@@ -85,7 +86,7 @@ def main_definitions() -> bytes | None:
         blob: bytes = cloudpickle.dumps(defined, PROTOCOL)
     except Exception:  # one definition is enough to spoil all; keep those that work
         blob = cloudpickle.dumps(dict(_each_picklable(defined)), PROTOCOL)
-    return blob + crc32(blob).to_bytes(CHECKSUM_BYTES)
+    return blob + crc32(blob).to_bytes(4, "little")
 
 
 def _each_picklable(defined: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

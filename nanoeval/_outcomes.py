@@ -69,8 +69,13 @@ def preview(value: Any) -> str | None:
             return None
         value = own
     readable = _readable(value, depth=0)
-    text = json.dumps(readable, ensure_ascii=False, default=str)
+    text = encodable(json.dumps(readable, ensure_ascii=False, default=str))
     return text if len(text) <= PREVIEW_CHARS else json.dumps(text[:PREVIEW_CHARS] + " …")
+
+
+def encodable(text: str) -> str:
+    """`text` with what UTF-8 cannot carry (lone surrogates) written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _readable(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one line per kind of value

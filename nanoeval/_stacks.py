@@ -86,14 +86,17 @@ def place_of_thread(thread_id: int) -> Place | None:
     """Where in the user's own code a thread is at the moment; None for a thread that is gone.
 
     That is its innermost frame outside the standard library, installed packages and nanoeval;
-    where there is none, the innermost outside the standard library and nanoeval's machinery.
+    where there is none, the innermost outside the standard library and nanoeval's machinery; where
+    there is none either, the innermost.
     """
-    frames = list(_frames(sys._current_frames().get(thread_id)))
+    innermost = sys._current_frames().get(thread_id)
+    frames = list(_frames(innermost))
     for is_theirs in (_is_users, _is_not_machinery):
         for frame in frames:
             if is_theirs(frame.f_code.co_filename):
                 return _place(frame)
-    return _place(frames[0]) if frames else None
+    # Without any frame, the loop has called a function that is not written in Python.
+    return _place(innermost) if innermost is not None else None
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

@@ -189,17 +189,31 @@ ADD_RETRY_PAYLOAD = """
 INSERT INTO task_payload (task_id, preview, payload)
 SELECT :id, p.preview, :payload FROM task_payload AS p WHERE p.task_id = :task_id"""
 
-CLAIM = """
-UPDATE task SET state = 1, claims = claims + 1
-WHERE id IN (
+# The longest due come first.
+DUE_TASKS = """
+SELECT json_group_array(d.id) FROM (
     SELECT t.id FROM task AS t
     WHERE t.eval_id = :eval_id AND t.state = 0 AND t.not_before <= :now
-    ORDER BY t.not_before, t.id LIMIT :limit)
-RETURNING id, eval_id, claims, question_id, attempt_id, retry_idx, losses,
-    (SELECT p.payload FROM task_payload AS p WHERE p.task_id = task.id)"""
-ADD_CLAIM = """
+    ORDER BY t.not_before, t.id LIMIT :limit) AS d"""
+
+TAKE_TASKS = """
+UPDATE task SET state = 1, claims = claims + 1
+WHERE id IN (SELECT j.value FROM json_each(:ids) AS j)"""
+
+ADD_CLAIMS = """
 INSERT INTO claim (task_id, eval_id, executor_id, number, started_at)
-VALUES (:task_id, :eval_id, :executor_id, :number, :now)"""
+SELECT t.id, t.eval_id, :executor_id, t.claims, :now
+FROM json_each(:ids) AS j JOIN task AS t ON t.id = j.value"""
+
+# One row for all: the columns as JSON, in the order of Claim, and the pickles as one blob.
+READ_CLAIMS = """
+SELECT
+    json_group_array(json_array(t.id, t.eval_id, t.claims, t.question_id, t.attempt_id,
+        t.retry_idx, t.losses, length(p.payload))),
+    CAST(group_concat(p.payload, '') AS BLOB)
+FROM json_each(:ids) AS j
+    JOIN task AS t ON t.id = j.value
+    JOIN task_payload AS p ON p.task_id = j.value"""
 
 NEXT_DUE = "SELECT min(t.not_before) FROM task AS t WHERE t.eval_id = :eval_id AND t.state = 0"
 
@@ -679,24 +693,27 @@ def _exchange(
         free = min(free, max(1, num_queued // (2 * num_sharers)))
     claims: list[Claim] = []
     if free > 0 and progress.state == "running" and not progress.is_done:
-        rows = db.execute(CLAIM, row | {"limit": free}).fetchall()
-        rows.sort()  # by id: RETURNING promises no order
-        claims = [Claim(*columns) for columns in rows]
-        db.executemany(ADD_CLAIM, [_claim_row(claim, executor_id, now) for claim in claims])
+        claims = _claim(db, row | {"limit": free})
     next_due = None
     if len(claims) < wanted:
         (next_due,) = db.execute(NEXT_DUE, row).fetchone()
     return Exchange(claims, progress, next_due)
 
 
-def _claim_row(claim: Claim, executor_id: int, now: float) -> dict[str, Any]:
-    return {
-        "task_id": claim.task_id,
-        "eval_id": claim.eval_id,
-        "executor_id": executor_id,
-        "number": claim.number,
-        "now": now,
-    }
+def _claim(db: sqlite3.Connection, row: dict[str, Any]) -> list[Claim]:
+    (ids,) = db.execute(DUE_TASKS, row).fetchone()
+    if ids == "[]":
+        return []
+    row |= {"ids": ids}
+    db.execute(TAKE_TASKS, row)
+    db.execute(ADD_CLAIMS, row)
+    columns, payloads = db.execute(READ_CLAIMS, row).fetchone()
+    claims = []
+    start = 0
+    for *names, length in json.loads(columns):
+        claims.append(Claim(*names, payloads[start : start + length]))
+        start += length
+    return claims
 
 
 def _commit_finishes(

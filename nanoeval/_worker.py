@@ -74,7 +74,7 @@ class Worker:
         self._on_progress = on_progress
         self._capacity = self._share_of(job.runner.concurrency)
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._started_at: dict[int, tuple[str, float]] = {}
+        self._started_at: dict[int, tuple[Claim, float]] = {}
         self._finished: list[Finish] = []
         self._something_finished = asyncio.Event()
         self._is_stopping = False
@@ -82,7 +82,8 @@ class Worker:
 
     def rollouts_in_flight(self) -> list[tuple[str, float]]:
         """(task name, start time) of the rollouts at work, oldest first. Safe from any thread."""
-        return sorted(self._started_at.copy().values(), key=lambda item: item[1])
+        at_work = sorted(self._started_at.copy().values(), key=lambda item: item[1])
+        return [(f"{c.question_id}.{c.attempt_id}.{c.retry_idx}", began) for c, began in at_work]
 
     async def serve(self) -> None:
         """Run rollouts until the eval is done or no longer running.
@@ -91,28 +92,39 @@ class Worker:
         and claims are given back. Raises a group of FatalRolloutErrors if `evaluate` ended the
         run, StoreError if the database failed, and what the eval's `_context` raises.
         """
-        error: Exception | None = None
         async with AsyncExitStack() as contexts:
             try:
-                async with asyncio.TaskGroup() as rollouts:
-                    try:
-                        await self._serve(rollouts, contexts)
-                    except Exception as raised:
-                        error = raised
-                    finally:
-                        # From here on a cancelled rollout is ours, not the eval's own doing.
-                        self._is_stopping = True
-                        for rollout in self._running.values():
-                            rollout.cancel()
-            finally:
-                if not isinstance(error, StoreError):
-                    await _uninterrupted(self._hand_in_rest())
-            if error is not None:
-                raise error
+                await self._serve(contexts)
+            except StoreError:
+                await _uninterrupted(self._end_rollouts())
+                raise
+            except BaseException:
+                await _uninterrupted(self._wind_up())
+                raise
+            await _uninterrupted(self._wind_up())
         if self._fatal:
             raise ExceptionGroup("rollouts ended the run", self._fatal)
 
-    async def _serve(self, rollouts: asyncio.TaskGroup, contexts: AsyncExitStack) -> None:
+    async def _wind_up(self) -> None:
+        """End the rollouts at work, hand in what is finished and give back the rest."""
+        await self._end_rollouts()
+        if self._finished:
+            await self._exchange(wanted=0)
+        await self._store.release(self._executor_id, self._job.eval_id)
+
+    async def _end_rollouts(self) -> None:
+        # From here on a cancelled rollout is ours, not the eval's own doing.
+        self._is_stopping = True
+        rollouts = list(self._running.values())
+        for rollout in rollouts:
+            rollout.cancel()
+        if rollouts:
+            await asyncio.wait(rollouts)
+
+    async def _serve(self, contexts: AsyncExitStack) -> None:
+        # Owned by `_running`, which `_wind_up` cancels and awaits. A TaskGroup would do the same,
+        # at the cost of another turn of the loop per rollout.
+        start = asyncio.get_running_loop().create_task
         is_entered = False
         poll = FIRST_POLL
         while not self._fatal:
@@ -131,7 +143,7 @@ class Worker:
                 await self._enter_eval(contexts)
                 is_entered = True
             for claim in exchange.claims:
-                self._running[claim.task_id] = rollouts.create_task(self._rollout(claim))
+                self._running[claim.task_id] = start(self._rollout(claim))
             if len(exchange.claims) < wanted or wanted == 0:
                 poll = FIRST_POLL if exchange.claims else min(2 * poll, LONGEST_POLL)
                 await self._wait(exchange.next_due, poll)
@@ -181,16 +193,11 @@ class Worker:
             await asyncio.wait(dropped)
         self._finished.clear()
 
-    async def _hand_in_rest(self) -> None:
-        if self._finished:
-            await self._exchange(wanted=0)
-        await self._store.release(self._executor_id, self._job.eval_id)
-
     async def _rollout(self, claim: Claim) -> None:
         """Run one claim to its end. Never raises: what went wrong becomes an outcome."""
         started_at = time.time()
         group_id = f"{claim.attempt_id}.{claim.retry_idx}"
-        self._started_at[claim.task_id] = (f"{claim.question_id}.{group_id}", started_at)
+        self._started_at[claim.task_id] = (claim, started_at)
         timeout = self._job.runner.rollout_timeout
         limit = None
         try:
@@ -248,8 +255,8 @@ class Worker:
             started_at,
             time.time(),
             error_type=type(error).__name__,
-            error_message=str(error),
-            traceback=_outcomes.format_traceback(error),
+            error_message=_outcomes.encodable(str(error)),
+            traceback=_outcomes.encodable(_outcomes.format_traceback(error)),
         )
         what = f"the error of task {claim.question_id!r}"
         if isinstance(error, RolloutSystemError):

@@ -140,7 +140,7 @@ async def _queue(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
     )
     num_tasks = 0
     try:
-        async for tasks in _in_batches(_selected_tasks(spec)):
+        async for tasks in _selected_tasks(spec):
             rows = [_new_task(task) for task in tasks]
             await run_set.store.add_tasks(eval_id, num_tasks, rows)
             needs_definitions = needs_definitions or b"__main__" in rows[0].payload
@@ -156,30 +156,35 @@ async def _queue(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
     return eval_id, num_tasks
 
 
-async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Task]:
-    """The first `n_tasks` tasks, shuffled if asked for. Only shuffling needs a generator's all."""
-    name, n_tasks = spec.eval.get_name(), spec.runner.n_tasks
-    with _noting(f"raised by {name}.get_tasks()"):
+async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Sequence[Task]]:
+    """The first `n_tasks` tasks, shuffled if asked for, in batches.
+
+    Tasks of a generator are taken as they come; only shuffling needs them all at once.
+    """
+    n_tasks = spec.runner.n_tasks
+    with _noting(f"raised by {spec.eval.get_name()}.get_tasks()"):
         tasks = await get_tasks(spec.eval)
         if isinstance(tasks, AsyncIterable) and not spec.runner.shuffle:
-            index = 0
-            async for task in tasks:
-                if index == n_tasks:
-                    break
-                index += 1
-                yield task
+            async for batch in _in_batches(tasks, n_tasks):
+                yield batch
             return
         listed = [t async for t in tasks] if isinstance(tasks, AsyncIterable) else list(tasks)
     listed = listed[:n_tasks]
     if spec.runner.shuffle:
         random.shuffle(listed)
-    for task in listed:
-        yield task
+    for first in range(0, len(listed), TASKS_PER_INSERT):
+        yield listed[first : first + TASKS_PER_INSERT]
 
 
-async def _in_batches(tasks: AsyncIterator[Task]) -> AsyncIterator[list[Task]]:
+async def _in_batches(
+    tasks: AsyncIterable[Task], n_tasks: int | None
+) -> AsyncIterator[Sequence[Task]]:
     batch: list[Task] = []
+    n_taken = 0
     async for task in tasks:
+        if n_taken == n_tasks:
+            break
+        n_taken += 1
         batch.append(task)
         if len(batch) == TASKS_PER_INSERT:
             yield batch

@@ -255,3 +255,42 @@ class AlwaysKilling(Sums):
             os.kill(os.getpid(), 9)
         await asyncio.sleep(0.02)
         return True
+
+
+@pytest.mark.slow
+def test_evals_of_a_notebook_cell_work_in_processes(tmp_path: Path) -> None:
+    """Whoever works in a notebook would be told to write a module first."""
+    manager = pytest.importorskip(
+        "jupyter_client.manager", reason='needs jupyter: pip install "nanoeval[test]"'
+    )
+    cell = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
+import chz
+from nanoeval import Eval, EvalSpec, RunnerArgs, Task, run
+class Cell(Task):
+    n: int
+@chz.chz
+class InCell(Eval[Cell, int]):
+    def get_name(self): return "cell"
+    async def get_tasks(self): return [Cell(question_id=str(i), n=i) for i in range(30)]
+    async def evaluate(self, task): return twice(task.n) 
+    async def get_summary(self, results): return {{"sum": sum(r for _, r in results)}}
+def twice(n): return 2 * n
+runner = RunnerArgs(experimental_use_multiprocessing=True, num_processes=2, should_backup=False)
+summary = await run(EvalSpec(eval=InCell(), runner=runner))
+print("sum is", summary["sum"])
+"""
+    kernel, client = manager.start_new_kernel(cwd=str(tmp_path))
+    try:
+        printed: list[str] = []
+        client.execute_interactive(
+            cell,
+            timeout=50,
+            output_hook=lambda message: printed.append(
+                str(message["content"].get("text", message["content"].get("evalue", "")))
+            ),
+        )
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    assert "sum is 870" in "".join(printed)
