@@ -164,7 +164,7 @@ def resident_bytes() -> int:
 
 
 def print_queueing_memory(n: int) -> None:
-    """Queue `n` tasks; print the most that the process grew by until the first rollout, per task."""
+    """Queue `n` tasks; print by how much the process grew at most, per task."""
     seen: dict[str, int] = {}
 
     @chz.chz

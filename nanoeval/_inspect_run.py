@@ -44,13 +44,15 @@ NEW_OUTCOMES = """
 SELECT o.seq, o.state, o.started_at, o.finished_at, o.score
 FROM outcome AS o WHERE o.eval_id = :eval_id AND o.seq > :after ORDER BY o.seq"""
 
-# Jumps from one to the next, so that what lies between is not read.
+# One of each `step` outcomes, without reading the others; not always the same of each, since evals
+# that run side by side take turns.
 SAMPLED_OUTCOMES = """
-WITH RECURSIVE n (seq) AS (
-    SELECT (:after / :step + 1) * :step
-    UNION ALL SELECT n.seq + :step FROM n WHERE n.seq < :last)
+WITH RECURSIVE n (k) AS (
+    SELECT :after / :step + 1 WHERE :after / :step + 1 <= :last / :step
+    UNION ALL SELECT n.k + 1 FROM n WHERE n.k < :last / :step)
 SELECT o.seq, o.state, o.started_at, o.finished_at, o.score
-FROM n CROSS JOIN outcome AS o ON o.seq = n.seq WHERE o.eval_id = :eval_id"""
+FROM n CROSS JOIN outcome AS o ON o.seq = n.k * :step - (n.k * 7919) % :step
+WHERE o.eval_id = :eval_id AND o.seq > :after"""
 
 LAST_OUTCOME = "SELECT coalesce(max(o.seq), 0) FROM outcome AS o"
 
@@ -317,7 +319,10 @@ def last_outcome(db: sqlite3.Connection) -> int:
 def sampled_outcomes(
     db: sqlite3.Connection, eval_id: int, after: int, last: int, step: int
 ) -> Iterator[tuple[int, int, float, float, float | None]]:
-    """(seq, state, start, end, score) of each `step`-th outcome behind `after`, up to `last`."""
+    """(seq, state, start, end, score) of one of each `step` outcomes behind `after`, up to `last`.
+
+    With a `step` above 1, the last outcomes that do not fill one are left for the next time.
+    """
     row = {"eval_id": eval_id, "after": after, "last": last, "step": step}
     return db.execute(NEW_OUTCOMES if step == 1 else SAMPLED_OUTCOMES, row)
 

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel
@@ -120,6 +121,16 @@ def dump_error(error: BaseException, what: str) -> bytes:
             return _codec.dumps(stand_in, what)
         base = RolloutSystemError if isinstance(error, RolloutSystemError) else RuntimeError
         return _codec.dumps(base(message), what)
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    """Add `note` to exceptions that leave the block."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 def format_traceback(error: BaseException) -> str:

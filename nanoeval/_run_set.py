@@ -5,6 +5,7 @@ Knows nothing of evals.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -33,6 +34,7 @@ class RunSet:
     store: Store
     executor_id: int
     workers: list[Worker] = field(default_factory=list)
+    backing_up: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def rollouts_in_flight(self) -> list[tuple[str, float]]:
         """(task name, start time) of the rollouts at work here, oldest first; from any thread."""

@@ -711,7 +711,7 @@ def _claim(db: sqlite3.Connection, row: dict[str, Any]) -> list[Claim]:
     claims = []
     start = 0
     for *names, length in json.loads(columns):
-        claims.append(Claim(*names, payloads[start : start + length]))
+        claims.append(Claim._make([*names, payloads[start : start + length]]))
         start += length
     return claims
 

@@ -10,7 +10,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from nanoeval import _codec, _outcomes, _schema
 from nanoeval._database_file import StoreError
 from nanoeval._store import Claim, Exchange, Finish, Progress, Store
+from nanoeval.asyncio_utils import uninterrupted
 from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
 from nanoeval.recorder import set_default_recorder
 from nanoeval.recorder_protocol import RecorderProtocol
@@ -96,12 +97,12 @@ class Worker:
             try:
                 await self._serve(contexts)
             except StoreError:
-                await _uninterrupted(self._end_rollouts())
+                await uninterrupted(self._end_rollouts())
                 raise
             except BaseException:
-                await _uninterrupted(self._wind_up())
+                await uninterrupted(self._wind_up())
                 raise
-            await _uninterrupted(self._wind_up())
+            await uninterrupted(self._wind_up())
         if self._fatal:
             raise ExceptionGroup("rollouts ended the run", self._fatal)
 
@@ -321,20 +322,3 @@ class Worker:
 def _with_cause(error: RolloutSystemError, cause: BaseException) -> RolloutSystemError:
     error.__cause__ = cause
     return error
-
-
-async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end even when the caller is cancelled; pass the cancellation on then."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancelled = error
-        except BaseException:
-            break
-    result = task.result()
-    if cancelled is not None:
-        raise cancelled
-    return result

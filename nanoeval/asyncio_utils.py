@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Generic, Self, TypeVar
 
@@ -58,6 +58,23 @@ async def gather_with_concurrency(
                 if asyncio.iscoroutine(coro):
                     coro.close()
         await _cancel_all(unfinished)
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even when the caller is cancelled; pass the cancellation on then."""
+    task: asyncio.Task[T] = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except BaseException:
+            break
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
 
 
 async def cancel_task(fut: asyncio.Future[Any]) -> None:

@@ -8,9 +8,10 @@ import time
 from typing import Any
 
 from nanoeval import _codec, _schema
+from nanoeval._queueing import queue_eval, start_eval
 from nanoeval._run_set import database_path
 from nanoeval._store import Finish, Store
-from nanoeval.evaluation import _queue, _start, joined
+from nanoeval.evaluation import joined
 from tests.sample_evals import spec
 
 
@@ -22,8 +23,8 @@ def make_half_done(run_set_id: str, eval: Any, n_done: int) -> None:
 async def _make(run_set_id: str, eval: Any, n_done: int) -> None:
     evaluation = spec(eval, run_set_id=run_set_id, concurrency=None)
     async with joined(run_set_id) as run_set:
-        eval_id, n = await _queue(run_set, evaluation)
-        await _start(run_set, evaluation, eval_id, n)
+        eval_id, n = await queue_eval(run_set, evaluation)
+        await start_eval(run_set, evaluation, eval_id, n)
         store: Store = run_set.store
         finishes: list[Finish] = []
         left = n_done

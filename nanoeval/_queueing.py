@@ -1,0 +1,126 @@
+"""Puts an eval's tasks into the database and lets them go. Knows no rollouts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from typing import Any
+
+from nanoeval import _codec, _outcomes
+from nanoeval._outcomes import noting
+from nanoeval._run_set import RunSet
+from nanoeval._store import NewTask
+from nanoeval.eval import EvalSpec, Task, get_tasks
+from nanoeval.library_config import get_library_config
+from nanoeval.recorder_protocol import RecorderProtocol
+
+TASKS_PER_INSERT = 512
+
+
+async def queue_eval(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
+    """List the eval's tasks and queue them; returns the eval's id and how many tasks it has."""
+    name = spec.eval.get_name()
+    blob = _codec.dumps(spec, f"the EvalSpec of {name}")
+    needs_definitions = b"__main__" in blob
+    eval_id = await run_set.store.add_eval(
+        name, await spec.model_name(), spec.runner.concurrency, blob
+    )
+    num_tasks = 0
+    try:
+        async for tasks in _selected_tasks(spec):
+            rows = [_new_task(task) for task in tasks]
+            await run_set.store.add_tasks(eval_id, num_tasks, rows)
+            needs_definitions = needs_definitions or b"__main__" in rows[0].payload
+            num_tasks += len(rows)
+        if num_tasks == 0:
+            raise ValueError(f"No tasks to evaluate: {name}.get_tasks() returned none")
+        await run_set.store.refuse_duplicates(eval_id)
+        if needs_definitions and (definitions := _codec.main_definitions()) is not None:
+            await run_set.store.set_definitions(definitions)
+    except BaseException:
+        await run_set.store.delete_eval(eval_id)
+        raise
+    return eval_id, num_tasks
+
+
+async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Sequence[Task]]:
+    """The first `n_tasks` tasks, shuffled if asked for, in batches.
+
+    Tasks of a generator are taken as they come; only shuffling needs them all at once.
+    """
+    n_tasks = spec.runner.n_tasks
+    with noting(f"raised by {spec.eval.get_name()}.get_tasks()"):
+        tasks = await get_tasks(spec.eval)
+        if isinstance(tasks, AsyncIterable) and not spec.runner.shuffle:
+            async for batch in _in_batches(tasks, n_tasks):
+                yield batch
+            return
+        listed = [t async for t in tasks] if isinstance(tasks, AsyncIterable) else list(tasks)
+    listed = listed[:n_tasks]
+    if spec.runner.shuffle:
+        random.shuffle(listed)
+    for first in range(0, len(listed), TASKS_PER_INSERT):
+        yield listed[first : first + TASKS_PER_INSERT]
+
+
+async def _in_batches(
+    tasks: AsyncIterable[Task], n_tasks: int | None
+) -> AsyncIterator[Sequence[Task]]:
+    batch: list[Task] = []
+    n_taken = 0
+    async for task in tasks:
+        if n_taken == n_tasks:
+            break
+        n_taken += 1
+        batch.append(task)
+        if len(batch) == TASKS_PER_INSERT:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _new_task(task: Task) -> NewTask:
+    if not isinstance(task, Task):
+        raise TypeError(
+            f"get_tasks() returned a {type(task).__name__} ({task!r:.100}); it must return"
+            " nanoeval.Task objects or objects of a subclass"
+        )
+    return NewTask(
+        task.question_id,
+        task.attempt_id,
+        task.retry_idx,
+        _outcomes.preview(task),
+        _codec.dumps(task, f"task {task.name!r}"),
+    )
+
+
+def recorder_config(spec: EvalSpec) -> Any:
+    return spec.runner.recorder or get_library_config().get_default_recorder()
+
+
+async def start_eval(
+    run_set: RunSet, spec: EvalSpec, eval_id: int, num_tasks: int
+) -> RecorderProtocol:
+    """Build the run's recorder and let the queued tasks go."""
+    config = recorder_config(spec)
+    try:
+        with noting(f"raised by {type(config).__name__}.factory"):
+            recorder: RecorderProtocol = await config.factory(spec, num_tasks)
+        await run_set.store.start_eval(
+            eval_id,
+            recorder.run_spec.run_id,
+            _pickled_or_none(recorder),
+            str(getattr(recorder, "filename", None) or "") or None,
+        )
+    except BaseException:
+        await run_set.store.delete_eval(eval_id)
+        raise
+    return recorder
+
+
+def _pickled_or_none(recorder: RecorderProtocol) -> bytes | None:
+    try:
+        return _codec.dumps(recorder, "the recorder")
+    except _codec.NotPicklableError:
+        return None  # another process builds its own through the recorder's factory
