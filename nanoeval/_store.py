@@ -129,29 +129,28 @@ SELECT e.state, e.concurrency, e.num_tasks, e.num_scored, e.num_failed, e.num_re
     (SELECT count(*) FROM claim AS c WHERE c.eval_id = e.id) AS num_running
 FROM eval AS e WHERE e.id = :eval_id"""
 
-# An answer to a claim that was taken back finds no row, and is dropped.
-# Each of :rows is [task_id, number, state, started_at, finished_at, score, is_unexpected,
-# error_type, error_message, traceback, preview, start, length].
-HELD_CLAIMS = """
-SELECT json_group_array(j.key)
-FROM json_each(:rows) AS j JOIN claim AS c ON c.task_id = json_extract(j.value, '$[0]')
-WHERE c.executor_id = :executor_id AND c.number = json_extract(j.value, '$[1]')"""
-
+# An answer to a claim that was taken back finds no claim, and is dropped.
+# Each of :rows is [task_id, number, state, started_at, finished_at, score, preview, start, length],
+# and for a failure also is_unexpected, error_type, error_message, traceback.
 LAST_OUTCOME = "SELECT coalesce(max(o.seq), 0) FROM outcome AS o"
 ADD_OUTCOMES = """
 INSERT INTO outcome (seq, eval_id, task_id, executor_id, state, started_at, finished_at, score,
     is_unexpected, error_type, error_message, traceback)
-SELECT :last_seq + 1 + j.key, :eval_id, json_extract(j.value, '$[0]'), :executor_id,
+SELECT :last_seq + 1 + j.key, c.eval_id, c.task_id, c.executor_id,
     json_extract(j.value, '$[2]'), json_extract(j.value, '$[3]'), json_extract(j.value, '$[4]'),
-    json_extract(j.value, '$[5]'), json_extract(j.value, '$[6]'), json_extract(j.value, '$[7]'),
-    json_extract(j.value, '$[8]'), json_extract(j.value, '$[9]')
-FROM json_each(:rows) AS j"""
+    json_extract(j.value, '$[5]'), coalesce(json_extract(j.value, '$[9]'), 0),
+    json_extract(j.value, '$[10]'), json_extract(j.value, '$[11]'),
+    json_extract(j.value, '$[12]')
+FROM json_each(:rows) AS j JOIN claim AS c ON c.task_id = json_extract(j.value, '$[0]')
+WHERE c.executor_id = :executor_id AND c.number = json_extract(j.value, '$[1]')"""
 
 ADD_OUTCOME_PAYLOADS = """
 INSERT INTO outcome_payload (seq, preview, payload)
-SELECT :last_seq + 1 + j.key, json_extract(j.value, '$[10]'),
-    substr(:payloads, json_extract(j.value, '$[11]'), json_extract(j.value, '$[12]'))
-FROM json_each(:rows) AS j"""
+SELECT o.seq, json_extract(j.value, '$[6]'),
+    substr(:payloads, json_extract(j.value, '$[7]'), json_extract(j.value, '$[8]'))
+FROM json_each(:rows) AS j JOIN outcome AS o ON o.seq = :last_seq + 1 + j.key"""
+
+OUTCOMES_SINCE = "SELECT o.seq FROM outcome AS o WHERE o.seq > :last_seq ORDER BY o.seq"
 
 # The rest follows from the rows just added.
 END_CLAIMS = """
@@ -171,14 +170,6 @@ FROM (
         count(o.score) AS with_score, coalesce(sum(o.score), 0) AS sum
     FROM outcome AS o WHERE o.seq > :last_seq) AS n
 WHERE id = :eval_id"""
-
-STATEMENTS_OF_FINISH = (
-    ADD_OUTCOMES,
-    ADD_OUTCOME_PAYLOADS,
-    END_CLAIMS,
-    FINISH_TASKS,
-    COUNT_OUTCOMES,
-)
 
 ADD_RETRY = """
 INSERT INTO task (id, eval_id, question_id, attempt_id, retry_idx, position, not_before)
@@ -719,46 +710,38 @@ def _claim(db: sqlite3.Connection, row: dict[str, Any]) -> list[Claim]:
 def _commit_finishes(
     db: sqlite3.Connection, executor_id: int, eval_id: int, finishes: Sequence[Finish]
 ) -> None:
+    (last_seq,) = db.execute(LAST_OUTCOME).fetchone()
     row = {
         "executor_id": executor_id,
         "eval_id": eval_id,
+        "last_seq": last_seq,
         "rows": _to_json(_outcome_rows(finishes)),
+        "payloads": b"".join(f.payload for f in finishes if f.payload is not None),
     }
-    held = json.loads(db.execute(HELD_CLAIMS, row).fetchone()[0])
-    if len(held) < len(finishes):
-        if held:
-            _commit_finishes(db, executor_id, eval_id, [finishes[index] for index in held])
-        return
-    (row["last_seq"],) = db.execute(LAST_OUTCOME).fetchone()
-    row["payloads"] = b"".join(f.payload for f in finishes if f.payload is not None)
-    for statement in STATEMENTS_OF_FINISH:
+    n_accepted = db.execute(ADD_OUTCOMES, row).rowcount
+    for statement in (ADD_OUTCOME_PAYLOADS, END_CLAIMS, FINISH_TASKS, COUNT_OUTCOMES):
         db.execute(statement, row)
-    for finish in finishes:
+    accepted = finishes
+    if n_accepted < len(finishes):
+        seqs = db.execute(OUTCOMES_SINCE, row).fetchall()
+        accepted = [finishes[seq - last_seq - 1] for (seq,) in seqs]
+    for finish in accepted:
         if finish.state == _schema.RETRIED:
             _add_retry(db, finish)
 
 
 def _outcome_rows(finishes: Sequence[Finish]) -> list[tuple[Any, ...]]:
-    return [
-        (
-            f.claim.task_id,
-            f.claim.number,
-            f.state,
-            f.started_at,
-            f.finished_at,
-            f.score,
-            f.is_unexpected,
-            f.error_type,
-            f.error_message,
-            f.traceback,
-            f.preview,
-            start,
-            length,
-        )
-        for f, (start, length) in zip(
-            finishes, _with_extents(f.payload for f in finishes), strict=True
-        )
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for f, (start, length) in zip(
+        finishes, _with_extents(f.payload for f in finishes), strict=True
+    ):
+        task_id, number = f.claim.task_id, f.claim.number
+        times = (f.started_at, f.finished_at)
+        row = (task_id, number, f.state, *times, f.score, f.preview, start, length)
+        if f.error_type is not None:
+            row += (f.is_unexpected, f.error_type, f.error_message, f.traceback)
+        rows.append(row)
+    return rows
 
 
 def _add_retry(db: sqlite3.Connection, finish: Finish) -> None:
