@@ -21,7 +21,7 @@ ENV_AIOMONITOR = "NANOEVAL_AIOMONITOR"
 ENV_CONSOLE = "NANOEVAL_AIOMONITOR_CONSOLE"
 HOST = "127.0.0.1"
 # Importing it costs a good part of a second of CPU, which short runs are spared.
-START_AFTER = 2.0
+START_AFTER = 5.0
 # A person may still be connected; the run does not wait for them to leave.
 CLOSE_WITHIN = 0.5
 

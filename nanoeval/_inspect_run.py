@@ -7,6 +7,7 @@ of 1,000,000 tasks, because the monitor asks again and again while the run goes 
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from nanoeval import _schema
 SEARCH_SECONDS = 1.0
 MAX_FOUND = 2000
 SNIPPET_CHARS = 1000
+
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Timeout)(:|$)")
 
 State = Literal["any", "queued", "running", "scored", "retried", "failed"]
 Verdict = Literal["any", "right", "partial", "wrong"]
@@ -457,6 +460,13 @@ def tries_of_question(db: sqlite3.Connection, eval_id: int, question_id: str) ->
 def question_scores(db: sqlite3.Connection, eval_id: int) -> Iterator[tuple[str, float, int, int]]:
     """(question id, sum of scores, number of scores, a task id) of each question, sorted by it."""
     return db.execute(QUESTION_SCORES, {"eval_id": eval_id})
+
+
+def error_line(error: str) -> str:
+    """The line of a traceback, of a group of exceptions also, that names the exception."""
+    lines = [line.strip(" |+-") for line in error.splitlines()]
+    named = [line for line in lines if _EXCEPTION.match(line)]
+    return named[-1] if named else next((line for line in reversed(lines) if line), "")
 
 
 def summary_json(db: sqlite3.Connection, eval_id: int) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -89,7 +90,7 @@ def lease_seconds() -> float:
 async def join_run_set(path: Path, role: str) -> AsyncIterator[RunSet]:
     """Open a run set's database and take part in it as `role`, "driver" or "worker"."""
     async with Store(path, lease_seconds()) as store:
-        await store.create_run_set(path.stem, " ".join(sys.argv))
+        await store.create_run_set(path.stem, _command())
         executor_id = await store.add_executor(role)
         # What died before this process came is no sign of a rollout that kills its process.
         await store.reap(losses=0)
@@ -100,6 +101,11 @@ async def join_run_set(path: Path, role: str) -> AsyncIterator[RunSet]:
                     yield run_set
             finally:
                 await store.end_executor(executor_id, "ended")
+
+
+def _command() -> str:
+    """How this process was started, without what nobody else may read."""
+    return re.sub(r"((?:api_?key|token|secret|password)\s*=)[^\s,]+", r"\1***", " ".join(sys.argv))
 
 
 def _tell_of_death(process: ProcessIdentity, num_requeued: int) -> None:

@@ -737,7 +737,7 @@ def _outcome_rows(finishes: Sequence[Finish]) -> list[tuple[Any, ...]]:
     ):
         task_id, number = f.claim.task_id, f.claim.number
         times = (f.started_at, f.finished_at)
-        row = (task_id, number, f.state, *times, f.score, f.preview, start, length)
+        row: tuple[Any, ...] = (task_id, number, f.state, *times, f.score, f.preview, start, length)
         if f.error_type is not None:
             row += (f.is_unexpected, f.error_type, f.error_message, f.traceback)
         rows.append(row)

@@ -23,8 +23,11 @@ def summary_text(name: str, summary: Mapping[str, Any], seconds: float | None = 
     """A summary as lines: the accuracy with its uncertainty first, then counts, then the rest.
 
     `seconds` is how long the run took. A metric `x` takes `x_stderr`, `x_ci95`, `x_worst_case` and
-    `x_best_case` into its line. With NANOEVAL_SUMMARY=json it is one line of JSON, whole.
+    `x_best_case` into its line. With NANOEVAL_SUMMARY=json it is one line of JSON, whole; with
+    "none" it is empty.
     """
+    if os.environ.get(ENV_SUMMARY) == "none":
+        return ""
     if os.environ.get(ENV_SUMMARY) == "json":
         line = {"name": name, "seconds": seconds, "summary": summary}
         return json.dumps(line, default=str, ensure_ascii=False)

@@ -155,7 +155,8 @@ async def _carry_out(
         raise
     seconds = time.monotonic() - started_at
     await _notify(spec, f"{name}: run {job.run_id} finished in {seconds:.0f} s", to_json(summary))
-    say(summary_text(name, summary, seconds))
+    if text := summary_text(name, summary, seconds):
+        say(text)
     return summary | {"run_id": job.run_id}
 
 

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 
 from nanoeval.eval import RolloutSystemError
-from nanoeval.models._concurrency import AdaptiveLimit, FixedLimit, Limiter
+from nanoeval.models._concurrency import AdaptiveLimit, Limiter
 from nanoeval.models._http import parse_retry_after
 from nanoeval.models._logprobs import ServerLacks, score_echo
 from nanoeval.models._messages import hide_images, image_part
@@ -476,6 +476,8 @@ def test_auto_backs_off_when_throttled_and_when_latency_rises() -> None:
     assert limit.limit == 20
     limit.learn(101.0, 0.15, throttled=False)
     assert limit.limit == 10
+    limit.learn(30.0, 0.35, throttled=False)
+    assert limit.limit == 7
 
 
 async def test_scripted_model_replies_from_text_mapping_and_function() -> None:
@@ -498,10 +500,3 @@ async def test_scripted_model_replies_from_text_mapping_and_function() -> None:
     assert [score.is_greedy for score in scores] == [False, True]
     with pytest.raises(TypeError):
         await mapped.loglikelihood("c", ["a"])
-
-
-async def test_fixed_limit_stays() -> None:
-    """A fixed number that drifts is no bound."""
-    limit = FixedLimit(5)
-    limit.learn(1.0, 1.0, throttled=True)
-    assert limit.limit == 5

@@ -14,20 +14,12 @@ START = 16
 COARSE = 2.0
 FINE = 1.25
 SHRINK = 0.7
+# A latency of this many times the last one, at the same limit, is a server in trouble.
+SLOWED = 2.0
 # Throughput must rise by this share of what the added slots promise, or they are given back.
 WORTH = 0.25
 HIGHEST = 4096
 SMALLEST_WINDOW = 16
-
-
-class FixedLimit:
-    """The same number for good."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-
-    def learn(self, throughput: float, latency: float, throttled: bool) -> None:
-        """Learn nothing."""
 
 
 class AdaptiveLimit:
@@ -48,7 +40,7 @@ class AdaptiveLimit:
 
     def learn(self, throughput: float, latency: float, throttled: bool) -> None:
         """Take one window's requests/s, median latency (seconds) and whether any was throttled."""
-        if throttled:
+        if throttled or self._is_slowed(latency):
             self.limit = max(1, int(self.limit * SHRINK))
             self._paid, self._rest, self._growth = None, self._patience, FINE
         elif self._rest > 0:
@@ -59,6 +51,12 @@ class AdaptiveLimit:
             self.limit = min(self._highest, max(self.limit + 1, int(self.limit * self._growth)))
         else:
             self.limit, self._rest, self._growth = self._paid[0], self._patience, FINE
+
+    def _is_slowed(self, latency: float) -> bool:
+        """Whether the same number in flight takes much longer than it did."""
+        if self._paid is None or self._paid[0] < self.limit:
+            return False
+        return latency > SLOWED * self._paid[2] > 0
 
     def _pays(self, throughput: float, latency: float) -> bool:
         assert self._paid is not None
@@ -90,10 +88,11 @@ class Limiter:
 
     def __init__(
         self,
-        limit: FixedLimit | AdaptiveLimit,
+        limit: int | AdaptiveLimit,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._limit = limit
+        self._adaptive = None if isinstance(limit, int) else limit
+        self._fixed = limit if isinstance(limit, int) else 0
         self._clock = clock
         self._in_flight = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -102,7 +101,7 @@ class Limiter:
     @property
     def limit(self) -> int:
         """The present limit."""
-        return self._limit.limit
+        return self._fixed if self._adaptive is None else self._adaptive.limit
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[Slot]:
@@ -113,11 +112,12 @@ class Limiter:
             yield slot
         finally:
             self._in_flight -= 1
-            self._count(self._clock() - started, slot.throttled)
+            if self._adaptive is not None:
+                self._count(self._adaptive, self._clock() - started, slot.throttled)
             self._wake()
 
     async def _acquire(self) -> None:
-        if self._in_flight < self._limit.limit and not self._waiting:
+        if self._in_flight < self.limit and not self._waiting:
             self._in_flight += 1
             return
         self._saturated = True
@@ -132,7 +132,7 @@ class Limiter:
             raise
 
     def _wake(self) -> None:
-        while self._waiting and self._in_flight < self._limit.limit:
+        while self._waiting and self._in_flight < self.limit:
             turn = self._waiting.popleft()
             if not turn.done():
                 self._in_flight += 1
@@ -145,7 +145,7 @@ class Limiter:
         self._throttled = False
         self._saturated = bool(self._waiting)
 
-    def _count(self, latency: float, throttled: bool) -> None:
+    def _count(self, limit: AdaptiveLimit, latency: float, throttled: bool) -> None:
         self._throttled |= throttled
         if self._left_over > 0:
             self._left_over -= 1
@@ -154,9 +154,9 @@ class Limiter:
             return
         self._latencies.append(latency)
         elapsed = self._clock() - self._opened
-        if len(self._latencies) < max(self._limit.limit, SMALLEST_WINDOW) or elapsed <= 0:
+        if len(self._latencies) < max(limit.limit, SMALLEST_WINDOW) or elapsed <= 0:
             return
         if self._saturated or self._throttled:
             throughput = len(self._latencies) / elapsed
-            self._limit.learn(throughput, median(self._latencies), self._throttled)
+            limit.learn(throughput, median(self._latencies), self._throttled)
         self._open_window(left_over=self._in_flight)

@@ -40,9 +40,12 @@ def hide_images(prompt: Prompt) -> Prompt:
 
     The same object comes back when there is none; images given by address stay as they are.
     """
-    if isinstance(prompt, str) or not any(
-        isinstance(message.get("content"), list) for message in prompt
-    ):
+    if isinstance(prompt, str):
+        return prompt
+    for message in prompt:
+        if isinstance(message.get("content"), list):
+            break
+    else:
         return prompt
     return [
         {**message, "content": [_hide(part) for part in message["content"]]}

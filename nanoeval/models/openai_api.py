@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import aiohttp
 import chz
 
-from nanoeval.models._concurrency import AdaptiveLimit, FixedLimit, Limiter
+from nanoeval.models._concurrency import AdaptiveLimit, Limiter
 from nanoeval.models._http import (
     BODY_START,
     BadReply,
@@ -262,11 +262,7 @@ class OpenAIModel(Model):
         key = secret.reveal() if secret is not None else os.environ.get(self.api_key_env)
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        limit: FixedLimit | AdaptiveLimit | None = None
-        if self.num_concurrent == "auto":
-            limit = AdaptiveLimit()
-        elif self.num_concurrent is not None:
-            limit = FixedLimit(self.num_concurrent)
+        limit = AdaptiveLimit() if self.num_concurrent == "auto" else self.num_concurrent
         settings = HTTPSettings(
             self.connect_timeout, self.timeout, self.max_tries, self.retry_backoff
         )
