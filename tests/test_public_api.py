@@ -53,6 +53,10 @@ NAMES = {
     " ShortAnswerEval",
     "nanoeval.examples._gpqa": "GPQAEval",
     "nanoeval.bin.resume": "resume main",
+    "nanoeval.bin.concurrency": "main",
+    "nanoeval.bin.mon": "main",
+    "nanoeval.bin.sqlite": "main",
+    "nanoeval.endpoint": "APIConfig TASKS run_task",
 }
 
 # Each as a caller may use it: parameters by position or by name as written, defaults included.

@@ -1,0 +1,1 @@
+"""Conveniences around the library, used by evals in the field."""
