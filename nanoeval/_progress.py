@@ -18,7 +18,7 @@ from nanoeval.library_config import get_library_config
 SECONDS_PER_LINE = 30.0
 SECONDS_PER_REFRESH = 0.1
 BAR_FORMAT = (
-    "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}"
+    "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}"
     " [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 )
 

@@ -164,14 +164,6 @@ class MCQEval(Eval[MCQTask, Answer]):
         """A wrong answer that shares its group with other failures only."""
         return Answer(correct=False, picked={-1} if task.question.allow_multiple_choices else -1)
 
-    async def update_progress(
-        self, partial_results: list[tuple[MCQTask, Answer]], pbar: Any
-    ) -> None:
-        """Show the share of right answers so far, system errors left out."""
-        verdicts = [answer.correct for _, answer in partial_results if isinstance(answer, Answer)]
-        if verdicts:
-            pbar.set_postfix(acc=sum(verdicts) / len(verdicts))
-
     async def get_summary(self, results: list[tuple[MCQTask, Answer]]) -> dict[str, Any]:
         """The standard metrics, consensus@n over equal picks, and the solver's own metrics."""
         if not results:

@@ -108,15 +108,6 @@ class ShortAnswerEval(Eval[ShortAnswerTask, Answer]):
         del task
         return Answer(answer="", is_correct=False)
 
-    async def update_progress(
-        self, partial_results: list[tuple[ShortAnswerTask, Answer]], pbar: Any
-    ) -> None:
-        """Show the share of right answers among those graded so far."""
-        answers = [answer for _, answer in partial_results if isinstance(answer, Answer)]
-        verdicts = [a.is_correct for a in answers if a.is_correct is not None]
-        if verdicts:
-            pbar.set_postfix(acc=sum(verdicts) / len(verdicts))
-
     async def get_summary(self, results: list[tuple[ShortAnswerTask, Answer]]) -> dict[str, Any]:
         """The standard metrics of the graded answers; the others count as `num_ungraded`."""
         return summarize_correctness(results)
