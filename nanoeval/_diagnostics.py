@@ -174,7 +174,8 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         """See whether the loop has turned since the last look, and if not, what holds it."""
-        if self._is_answered:
+        # A loop that its owner does not run at the moment is not blocked.
+        if self._is_answered or not self._loop.is_running():
             self._end_blocking(now)
             self._is_answered = False
             try:

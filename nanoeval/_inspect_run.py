@@ -447,7 +447,9 @@ def find_try(db: sqlite3.Connection, task_id: int) -> Try | None:
     columns = db.execute(TRY, {"task_id": task_id}).fetchone()
     if columns is None:
         return None
-    return Try(*columns[:6], STATES[columns[6]], *columns[7:])
+    values = list(columns)
+    values[6] = STATES[values[6]]
+    return Try(*values)
 
 
 def tries_of_question(db: sqlite3.Connection, eval_id: int, question_id: str) -> list[Try]:

@@ -233,7 +233,9 @@ def as_sample(task: GenerationTask, result: Sample | RolloutSystemError) -> Samp
 def sample_hash(messages: list[dict[str, Any]], target: str) -> str:
     """A hash of a prompt, the images in it and the target, as hexadecimal digits."""
     parts = [target]
-    for message in hide_images(messages):
+    hidden = hide_images(messages)
+    assert not isinstance(hidden, str)
+    for message in hidden:
         content = message.get("content")
         if isinstance(content, str) and len(message) == 2:
             parts += (str(message.get("role")), content)
