@@ -1,0 +1,20 @@
+"""MMMU-Pro from one YAML file: NANOEVAL_CONFIG=PATH python -m nanoeval.baselines.run_mmmu_pro"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nanoeval.baselines import runs
+from nanoeval.baselines.runs import run
+
+__all__ = ["run", "run_from_yaml"]
+
+
+def run_from_yaml(path: str | Path) -> dict[str, Any]:
+    """Run the configuration in a YAML file, which must be for mmmu_pro; returns the summary."""
+    return runs.run_from_yaml(path, "mmmu_pro")
+
+
+if __name__ == "__main__":
+    runs.main("mmmu_pro")
