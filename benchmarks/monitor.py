@@ -184,7 +184,7 @@ PAGES = {
     "Compare": ("compare", {"with": "second:1"}),
 }
 REFRESHES = 5
-LIVE_TURNS = 10
+LIVE_TURNS = 6
 
 
 def show(first: str) -> None:

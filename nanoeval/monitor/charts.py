@@ -94,10 +94,17 @@ def _area(time_format: str, color: str, title: str, number: str) -> dict[str, An
 
 def latency_chart(latency: Latency) -> Drawing:
     """How long rollouts took, on a logarithmic axis, with the percentiles as rules."""
-    bars = {"from": latency.edges[:-1], "to": latency.edges[1:], "count": latency.counts}
-    percentiles = {"p50": latency.p50, "p90": latency.p90, "p99": latency.p99}
-    rules = {"from": list(percentiles.values()), "name": list(percentiles)}
-    frame = pd.concat([pd.DataFrame(bars).query("count > 0"), pd.DataFrame(rules)])
+    shown = latency.counts > 0
+    percentiles = [latency.p50, latency.p90, latency.p99]
+    nothing = np.full(len(percentiles), np.nan)
+    frame = pd.DataFrame(
+        {
+            "from": np.append(latency.edges[:-1][shown], percentiles),
+            "to": np.append(latency.edges[1:][shown], nothing),
+            "count": np.append(latency.counts[shown], nothing),
+            "name": [None] * int(shown.sum()) + ["p50", "p90", "p99"],
+        }
+    )
     return Drawing(frame, deepcopy(_latency()))
 
 

@@ -19,7 +19,7 @@ from nanoeval._statistics import Z_95
 FloatArray = NDArray[Any]
 
 # Between one and two times as many outcomes are kept; beyond, every second one is dropped.
-SAMPLE_SIZE = 40_000
+SAMPLE_SIZE = 20_000
 POINTS = 120
 # The speed of a run is that of its last so many seconds.
 RECENT = 60.0

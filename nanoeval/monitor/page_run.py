@@ -64,12 +64,13 @@ def _show_run(chosen: Chosen) -> None:
         )
         executors = _inspect.read_executors(db, ended_too=True)
         queue = _inspect_run.queue(db, chosen.eval.eval_id)
+        summary = _inspect_run.summary_json(db, chosen.eval.eval_id)
     _show_figures(chosen, history, queue)
     _show_how_it_ended(chosen)
     _show_charts(chosen, history, starts)
     _show_errors(chosen, errors)
     _show_executors(executors)
-    _show_summary(chosen)
+    _show_summary(chosen, summary)
 
 
 def _show_figures(chosen: Chosen, history: History, queue: _inspect_run.Queue) -> None:
@@ -241,9 +242,7 @@ def _show_stalls(executors: tuple[ExecutorRow, ...]) -> None:
         view.say(markup.joined(told))
 
 
-def _show_summary(chosen: Chosen) -> None:
-    with _inspect.reading(chosen.path) as db:
-        text = _inspect_run.summary_json(db, chosen.eval.eval_id)
+def _show_summary(chosen: Chosen, text: str | None) -> None:
     if text is None:
         return
     with st.expander("Summary" if chosen.state == "finished" else "Summary of the results so far"):
