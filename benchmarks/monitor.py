@@ -233,10 +233,12 @@ def measure_live(folder: Path, with_monitor: bool, rollouts: int) -> float:
     environment = os.environ | {"NANOEVAL_DATABASE_DIR": str(folder)}
     run_set_id = f"live-{time.time_ns()}"
     arguments = [sys.executable, __file__, "--run", run_set_id, str(rollouts)]
-    run = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
     if with_monitor:
-        viewer = subprocess.Popen([sys.executable, __file__, "--view", run_set_id], env=environment)
-    output, _ = run.communicate(timeout=600)
+        viewing = [sys.executable, __file__, "--view", run_set_id]
+        viewer = subprocess.Popen(viewing, env=environment, stdout=subprocess.PIPE)
+        assert viewer.stdout is not None
+        viewer.stdout.readline()  # it is up, as a monitor that was opened before
+    output = subprocess.check_output(arguments, env=environment, text=True)
     if with_monitor:
         viewer.terminate()
         viewer.wait()

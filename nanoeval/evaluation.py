@@ -149,9 +149,11 @@ async def _carry_out(
                 recorder.record_final_report(summary)
             await store.end_eval(eval_id, "finished", to_json(summary))
     except BaseException as error:
-        await _report_failure(run_set, job, error)
         if isinstance(error, ExceptionGroup) and error.subgroup(FatalRolloutError):
-            raise _unwrapped(job, run_set, error) from None
+            unwrapped = _unwrapped(job, run_set, error)
+            await _report_failure(run_set, job, unwrapped)
+            raise unwrapped from None
+        await _report_failure(run_set, job, error)
         raise
     seconds = time.monotonic() - started_at
     await _notify(spec, f"{name}: run {job.run_id} finished in {seconds:.0f} s", to_json(summary))
