@@ -30,6 +30,7 @@ import chz
 
 from nanoeval import Eval, EvalSpec, RunnerArgs, Task, run
 from nanoeval.recorders import dummy_recorder, json_recorder
+from nanoeval.setup import switch_threads_quickly
 
 FLOOR_BATCH = 256
 
@@ -64,6 +65,7 @@ class Noop(Eval[Task, bool]):
 
 async def floor(n: int) -> None:
     """The same items through asyncio, pickle and SQLite alone."""
+    answers = []
 
     async def evaluate(blob: bytes) -> bytes:
         pickle.loads(blob)
@@ -90,7 +92,9 @@ async def floor(n: int) -> None:
                 [(result, id) for (id, _), result in zip(batch, results, strict=True)],
             )
             db.execute("COMMIT")
+            answers += [pickle.loads(result) for result in results]
         db.close()
+    assert len(answers) == n
 
 
 async def ours(eval: Noop, concurrency: int) -> None:
@@ -224,6 +228,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median counts")
     arguments = parser.parse_args()
+    switch_threads_quickly()  # as nanoeval_entrypoint does
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOEVAL_LOG_DIR"] = f"{folder}/records"
         os.environ["NANOEVAL_ROOT_DIR"] = f"{folder}/root"

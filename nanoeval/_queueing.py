@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any
@@ -26,18 +27,27 @@ async def queue_eval(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
         name, await spec.model_name(), spec.runner.concurrency, blob
     )
     num_tasks = 0
+    inserting: asyncio.Task[None] | None = None
     try:
         async for tasks in _selected_tasks(spec):
+            # The database takes in one batch while the next is pickled.
             rows = [_new_task(task) for task in tasks]
-            await run_set.store.add_tasks(eval_id, num_tasks, rows)
+            if inserting is not None:
+                await inserting
+            inserting = asyncio.create_task(run_set.store.add_tasks(eval_id, num_tasks, rows))
+            await asyncio.sleep(0)
             needs_definitions = needs_definitions or b"__main__" in rows[0].payload
             num_tasks += len(rows)
+        if inserting is not None:
+            await inserting
         if num_tasks == 0:
             raise ValueError(f"No tasks to evaluate: {name}.get_tasks() returned none")
         await run_set.store.refuse_duplicates(eval_id)
         if needs_definitions and (definitions := _codec.main_definitions()) is not None:
             await run_set.store.set_definitions(definitions)
     except BaseException:
+        if inserting is not None:
+            await asyncio.wait([inserting])
         await run_set.store.delete_eval(eval_id)
         raise
     return eval_id, num_tasks

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +65,7 @@ def test_reader_gets_from_the_list_to_an_event_by_links(page: Any, site: str) ->
     page.goto(site)
     page.get_by_role("link", name="endless").first.click()
     page.get_by_text("time left").wait_for()
-    page.wait_for_selector("canvas, svg.marks")
+    page.wait_for_selector("svg.marks")
     page.get_by_role("link", name="In flight").click()
     page.get_by_text("older than 10 times that").wait_for()
     assert "run_set=live" in page.url
@@ -103,6 +106,35 @@ def test_numbers_move_while_filters_scroll_and_folds_stay(page: Any, site: str) 
     assert rows
     assert all("Is 1" in row and "scored" in row for row in rows)
     assert page.get_by_label("Text").input_value() == "Is 1"
+
+
+@pytest.mark.parametrize("address", ["run?run_set=live", "compare?run_set=live"])
+def test_charts_are_drawn(page: Any, site: str, address: str, database_folder: Path) -> None:
+    """A chart without its data is an empty frame, which no test of the page's text would see."""
+    other = database_folder / "other.db"
+    other.touch(mode=0o600)
+    with (
+        closing(sqlite3.connect(database_folder / "live.db")) as source,
+        closing(sqlite3.connect(other)) as target,
+    ):
+        source.backup(target)
+        target.execute("UPDATE run_set SET id = 'other'")
+        target.execute("UPDATE outcome SET score = 1 - score WHERE seq % 3 = 0")
+        target.commit()
+    page.goto(f"{site}/{address}")
+    page.locator("svg.marks").first.wait_for()
+    page.wait_for_timeout(2500)
+    drawn = page.evaluate(_DRAWN)
+    assert len(drawn) == (4 if address.startswith("run") else 1)
+    assert all(length > 60 for length in drawn), drawn
+    assert "NaN" not in page.locator("[data-testid=stMain]").inner_text()
+
+
+# How much each chart has drawn: the length of the paths of its marks.
+_DRAWN = """() => [...document.querySelectorAll('svg.marks')].map(chart =>
+  [...chart.querySelectorAll(':is(.mark-area, .mark-line, .mark-rect, .mark-symbol) path')]
+    .filter(path => path.getBoundingClientRect().width > 4)
+    .reduce((sum, path) => sum + (path.getAttribute('d') || '').length, 0))"""
 
 
 def test_permanent_link_shows_the_same_list_to_someone_else(browser: Any, site: str) -> None:

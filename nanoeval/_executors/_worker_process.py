@@ -18,7 +18,13 @@ from nanoeval._run_set import RunSet, join_run_set
 from nanoeval._store import StoredEval
 from nanoeval._worker import Job, Worker
 from nanoeval.library_config import set_library_config
-from nanoeval.setup import global_exit_stack, nanoeval_logging, raise_file_limit, shared_resource
+from nanoeval.setup import (
+    global_exit_stack,
+    nanoeval_logging,
+    raise_file_limit,
+    shared_resource,
+    switch_threads_quickly,
+)
 
 
 class WorkerProcess:
@@ -123,6 +129,7 @@ async def _main(connection: socket.socket) -> None:
 
 if __name__ == "__main__":
     raise_file_limit()
+    switch_threads_quickly()
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         os.set_inheritable(connection.fileno(), False)
         asyncio.run(_main(connection))

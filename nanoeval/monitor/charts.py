@@ -18,6 +18,8 @@ from nanoeval.monitor.history import Curve, Flow, Latency
 
 BLUE, GREEN, ORANGE, GRAY = "#2f7de1", "#1a9e5f", "#d9822b", "#7a8290"
 HEIGHT = 170
+# Stands for the data that a refresh brings.
+_ROWS = alt.NamedData(name="rows")
 
 
 class Drawing(NamedTuple):
@@ -44,7 +46,7 @@ def accuracy_chart(curve: Curve) -> Drawing:
 def _accuracy(time_format: str, number: str) -> dict[str, Any]:
     axis = alt.Axis(title=None, format=number, tickCount=5)
     scale = alt.Scale(nice=True, zero=False)
-    base = alt.Chart().encode(x=alt.X("time:T", axis=_time_axis(time_format)))
+    base = alt.Chart(_ROWS).encode(x=alt.X("time:T", axis=_time_axis(time_format)))
     band = base.mark_area(color=BLUE, opacity=0.18).encode(
         y=alt.Y("low:Q", scale=scale, axis=axis), y2="high:Q"
     )
@@ -78,7 +80,7 @@ def in_flight_chart(flow: Flow) -> Drawing:
 def _area(time_format: str, color: str, title: str, number: str) -> dict[str, Any]:
     line = {"color": color, "strokeWidth": 1.6}
     chart = (
-        alt.Chart()
+        alt.Chart(_ROWS)
         .mark_area(color=color, opacity=0.25, line=line, interpolate="step")
         .encode(
             x=alt.X("time:T", axis=_time_axis(time_format)),
@@ -113,7 +115,7 @@ def _latency() -> dict[str, Any]:
     axis = alt.Axis(title=None, format="~g", tickCount=6, grid=False)
     x = alt.X("from:Q", scale=alt.Scale(type="log", nice=False), axis=axis)
     bars = (
-        alt.Chart()
+        alt.Chart(_ROWS)
         .transform_filter("datum.name == null")
         .mark_rect(color=BLUE, opacity=0.5)
         .encode(
@@ -128,7 +130,7 @@ def _latency() -> dict[str, Any]:
             ],
         )
     )
-    named = alt.Chart().transform_filter("datum.name != null").encode(x=x)
+    named = alt.Chart(_ROWS).transform_filter("datum.name != null").encode(x=x)
     lines = named.mark_rule(color=ORANGE, strokeWidth=1.5, strokeDash=[4, 3])
     names = named.mark_text(align="right", dx=-3, baseline="top", color=ORANGE)
     return _spec(alt.layer(bars, lines, names.encode(text="name:N", y=alt.value(0))))
@@ -145,7 +147,7 @@ def interval_chart(low: float, mean: float, high: float) -> Drawing:
 def _interval(color: str) -> dict[str, Any]:
     axis = alt.Axis(title=None, format="+.1%", tickCount=7)
     scale = alt.Scale(nice=False)
-    base = alt.Chart()
+    base = alt.Chart(_ROWS)
     # Nothing to be seen, but it makes the axis reach as far to either side.
     frame = base.mark_rule(opacity=0).encode(
         x=alt.X("left:Q", axis=axis, scale=scale), x2="right:Q"
@@ -162,7 +164,8 @@ def _interval(color: str) -> dict[str, Any]:
 def _spec(chart: Any, height: int = HEIGHT) -> dict[str, Any]:
     """The chart as Vega-Lite without data and without Altair's own colours."""
     spec: dict[str, Any] = chart.properties(height=height).to_dict()
-    return {name: part for name, part in spec.items() if name not in ("data", "config", "$schema")}
+    assert spec.pop("data") == {"name": "rows"}
+    return {name: part for name, part in spec.items() if name not in ("config", "$schema")}
 
 
 def _time_axis(format: str) -> Any:
