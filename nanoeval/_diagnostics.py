@@ -103,23 +103,33 @@ def _reporting_on_signal(watchdog: Watchdog) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    is_active = True
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if is_active:
-            watchdog.ask("report")
-        if callable(previous):
-            previous(number, frame)
-
-    previous = signal.signal(signal.SIGUSR1, on_signal)
+    answer = _SignalAnswer(watchdog)
+    answer.previous = signal.signal(signal.SIGUSR1, answer)
     try:
         yield
     finally:
-        is_active = False
-        # Blocks of other runs may have begun inside this one and not ended: then ours stays
-        # below theirs and only passes the signal on.
-        if signal.getsignal(signal.SIGUSR1) is on_signal:
-            signal.signal(signal.SIGUSR1, previous)
+        answer.is_active = False
+        # Blocks of other runs may have begun inside this one and not ended: then ours stays below
+        # theirs, passes the signal on, and goes when the last of them does.
+        handler = signal.getsignal(signal.SIGUSR1)
+        while isinstance(handler, _SignalAnswer) and not handler.is_active:
+            handler = handler.previous
+        signal.signal(signal.SIGUSR1, handler)
+
+
+class _SignalAnswer:
+    """A signal handler that asks a watchdog for a report, then lets the one before it answer."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.is_active = True
+        self.previous: Any = signal.SIG_DFL
+        self._watchdog = watchdog
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.is_active:
+            self._watchdog.ask("report")
+        if callable(self.previous):
+            self.previous(number, frame)
 
 
 class Watchdog:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,10 @@ def _own_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NANOEVAL_ROOT_DIR", str(folder / "root"))
     # Importing it takes longer than most tests; its own test turns it on.
     monkeypatch.setenv("NANOEVAL_AIOMONITOR", "0")
+    main = sys.modules["__main__"]
     yield
+    # Streamlit's test runner leaves a module of its own there, which no later process could import.
+    sys.modules["__main__"] = main
     shutil.rmtree(folder, ignore_errors=True)
 
 

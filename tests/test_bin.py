@@ -242,9 +242,9 @@ def test_ls_of_many_evals_stays_short(terminal: Terminal) -> None:
 
     asyncio.run(run_all())
     text = terminal("ls").out
-    assert len(re.findall(r"eval \d", text)) == ls.EVALS_PER_RUN_SET
+    assert len(re.findall(r"\beval \d", text)) == ls.EVALS_PER_RUN_SET
     assert re.search(r"and 3 more +6/6", text)
-    assert len(re.findall(r"eval \d", terminal("ls", "run_set_id=many").out)) == 9
+    assert len(re.findall(r"\beval \d", terminal("ls", "run_set_id=many").out)) == 9
 
 
 def test_ls_of_one_run_set_says_where_its_files_lie(terminal: Terminal) -> None:
