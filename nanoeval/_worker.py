@@ -26,7 +26,7 @@ from nanoeval.recorder_protocol import RecorderProtocol
 T = TypeVar("T")
 
 # Enough to make a transaction worth its cost, few enough to overlap it with rollouts.
-CLAIM_BATCH = 512
+CLAIM_BATCH = 1024
 # With nothing claimed, look again this often for what other processes put back or change.
 FIRST_POLL = 0.005
 LONGEST_POLL = 0.25
