@@ -6,7 +6,7 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from nanoeval.setup import say
 # Decoding results for update_progress takes at most this share of the loop's time.
 SHARE_FOR_PROGRESS = 0.05
 SECONDS_PER_UPDATE = 1.0
+SECONDS_TO_FIRST_BACKUP = 1.0
 SECONDS_PER_BACKUP = 180.0
 
 
@@ -57,6 +58,8 @@ async def background(*chores: Any) -> AsyncIterator[None]:
 
 
 async def _back_up_now_and_then(run_set: RunSet) -> None:
+    # Not at once: most runs that end before it would only make two copies instead of one.
+    await asyncio.sleep(SECONDS_TO_FIRST_BACKUP)
     while True:
         await back_up(run_set)
         await asyncio.sleep(SECONDS_PER_BACKUP)
@@ -88,9 +91,12 @@ class _PartialResults:
     async def read(self) -> list[tuple[Any, Any]]:
         """(task, result or error) of all that is done, in the order of commits."""
         async with self._reading:
-            async for batch in self._run_set.store.results_since(self._eval_id, self._seq):
-                self._results += [(task, result) for _, task, result in decoded(batch)]
-                self._seq = batch[-1][0]
+            store = self._run_set.store
+            seqs = await store.counted_since(self._eval_id, self._seq)
+            async for batch in decoded(store.results(seqs)):
+                self._results += batch
+                self._seq = seqs[len(batch) - 1]
+                seqs = seqs[len(batch) :]
         return self._results.copy()
 
 
@@ -119,9 +125,12 @@ async def _summarize_now_and_then(run_set: RunSet, job: Job, partial: _PartialRe
         say(f"{job.eval.get_name()}, {len(results)} results so far: {to_json(summary)}")
 
 
-def decoded(batch: Sequence[tuple[int, int, bytes, bytes]]) -> Iterator[tuple[int, Any, Any]]:
-    for _, position, task, result in batch:
-        yield position, _codec.loads(task), _codec.loads(result)
+async def decoded(
+    batches: AsyncIterator[list[tuple[bytes, bytes]]],
+) -> AsyncIterator[list[tuple[Any, Any]]]:
+    """(task, result or error) of what `Store.results` reads."""
+    async for batch in batches:
+        yield [(_codec.loads(task), _codec.loads(result)) for task, result in batch]
 
 
 def to_json(summary: dict[str, Any]) -> str:

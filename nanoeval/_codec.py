@@ -11,12 +11,19 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from zlib import crc32
+
+from pydantic import BaseModel
 
 PROTOCOL = 5
 # Of bytes followed by their own CRC-32, lowest byte first, the CRC-32 is always this.
 CRC32_RESIDUE = 0x2144DF1C
+# Begins the pickle of a model's parts; all other pickles begin with 0x80.
+MODEL = b"M"
+# SQLite's own limit for one value is 10^9 bytes.
+MAX_BYTES = 900 * 2**20
 
 
 class NotPicklableError(TypeError):
@@ -27,12 +34,65 @@ class DamagedPickleError(ValueError):
     """Stored bytes are not those that were written."""
 
 
-def dumps(value: Any, what: str) -> bytes:
-    """Pickle `value`. Raises NotPicklableError, which names `what` and the field at fault."""
+def dumps(value: Any, what: str, *names: object) -> bytes:
+    """Pickle `value`.
+
+    Raises NotPicklableError, which names the field at fault and, as `what % names`, the value.
+    """
     try:
         blob = pickle.dumps(value, PROTOCOL)
     except Exception:  # pickle raises whatever an object's own __reduce__ raises
-        blob = _dumps_by_value(value, what)
+        blob = _dumps_by_value(value, what % names if names else what)
+    return _sealed(blob, what, names)
+
+
+def dumps_model(model: BaseModel, what: str, *names: object) -> bytes:
+    """Like `dumps`, for a model that is plain data, such as a task: takes half as long to restore.
+
+    Its class and its fields are pickled, instead of what pydantic's own way wraps around them.
+    """
+    if not _has_plain_state(type(model)) or model.__pydantic_private__ is not None:
+        return dumps(model, what, *names)
+    parts = (type(model), model.__dict__, model.__pydantic_fields_set__, model.__pydantic_extra__)
+    try:
+        blob = MODEL + pickle.dumps(parts, PROTOCOL)
+    except Exception:  # as above
+        return dumps(model, what, *names)
+    return _sealed(blob, what, names)
+
+
+@lru_cache(maxsize=128)
+def _has_plain_state(model_class: type[BaseModel]) -> bool:
+    """Whether models of a class are pickled in pydantic's way, and none of their own."""
+    return (
+        model_class.__reduce__ is object.__reduce__
+        and model_class.__reduce_ex__ is object.__reduce_ex__
+        and model_class.__getstate__ is BaseModel.__getstate__
+        and model_class.__setstate__ is BaseModel.__setstate__
+        and not hasattr(model_class, "__getnewargs__")
+        and not hasattr(model_class, "__getnewargs_ex__")
+    )
+
+
+def _restored(parts: tuple[type[BaseModel], dict[str, Any], set[str], Any]) -> BaseModel:
+    model_class, fields, fields_set, extra = parts
+    model = model_class.__new__(model_class)
+    put = object.__setattr__
+    put(model, "__dict__", fields)
+    put(model, "__pydantic_fields_set__", fields_set)
+    put(model, "__pydantic_extra__", extra)
+    put(model, "__pydantic_private__", None)
+    return model
+
+
+def _sealed(blob: bytes, what: str, names: tuple[object, ...]) -> bytes:
+    """`blob` with its checksum, if the database can hold it."""
+    if len(blob) > MAX_BYTES:
+        raise NotPicklableError(
+            f"{what % names if names else what} takes {len(blob) / 2**20:,.0f} MiB when pickled;"
+            f" the database holds {MAX_BYTES / 2**20:,.0f} MiB at most. Keep such data in a file,"
+            " and its path here"
+        )
     return blob + crc32(blob).to_bytes(4, "little")
 
 
@@ -52,7 +112,7 @@ def _dumps_by_value(value: Any, what: str) -> bytes:
 
 
 def loads(blob: bytes) -> Any:
-    """Unpickle what `dumps` made. Only ever call it on a file that this user owns.
+    """Unpickle what `dumps` or `dumps_model` made. Only ever call it on a file that this user owns.
 
     Raises DamagedPickleError, before anything is unpickled, for bytes that have changed since.
     """
@@ -63,6 +123,8 @@ def loads(blob: bytes) -> Any:
             " file is damaged. Go on from its backup, if one was made: move the file away and"
             " resume the run set"
         )
+    if blob[:1] == MODEL:
+        return _restored(pickle.loads(memoryview(blob)[1:]))
     return pickle.loads(blob)
 
 

@@ -5,6 +5,7 @@ Knows the schema's version, not its tables.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -152,7 +153,12 @@ def backup(source: Path, target: Path) -> None:
             closing(sqlite3.connect(source, timeout=BUSY_TIMEOUT)) as read,
             closing(sqlite3.connect(partial_copy)) as write,
         ):
+            # A copy that is not finished is thrown away: it is made safe once, when it is whole.
+            write.execute("PRAGMA synchronous = OFF")
+            write.execute("PRAGMA journal_mode = OFF")
             read.backup(write)
+        with open(partial_copy, "rb+") as whole:
+            os.fsync(whole)
         partial_copy.replace(target)
     finally:
         partial_copy.unlink(missing_ok=True)

@@ -4,50 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from nanoeval import _codec, _outcomes
 from nanoeval._outcomes import noting
 from nanoeval._run_set import RunSet
-from nanoeval._store import NewTask
+from nanoeval._store import BATCH_BYTES, NewTask
 from nanoeval.eval import EvalSpec, Task, get_tasks
 from nanoeval.library_config import get_library_config
 from nanoeval.recorder_protocol import RecorderProtocol
 
-TASKS_PER_INSERT = 512
+TASKS_PER_INSERT = 1024
 
 
 async def queue_eval(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
     """List the eval's tasks and queue them; returns the eval's id and how many tasks it has."""
     name = spec.eval.get_name()
-    blob = _codec.dumps(spec, f"the EvalSpec of {name}")
+    blob = _codec.dumps(spec, "the EvalSpec of %s", name)
     needs_definitions = b"__main__" in blob
     eval_id = await run_set.store.add_eval(
         name, await spec.model_name(), spec.runner.concurrency, blob
     )
     num_tasks = 0
-    inserting: asyncio.Task[None] | None = None
+    inserting: deque[asyncio.Task[None]] = deque()
     try:
         async for tasks in _selected_tasks(spec):
-            # The database takes in one batch while the next is pickled.
-            rows = [_new_task(task) for task in tasks]
-            if inserting is not None:
-                await inserting
-            inserting = asyncio.create_task(run_set.store.add_tasks(eval_id, num_tasks, rows))
-            await asyncio.sleep(0)
-            needs_definitions = needs_definitions or b"__main__" in rows[0].payload
-            num_tasks += len(rows)
-        if inserting is not None:
-            await inserting
+            # The database takes in two batches while the next is pickled.
+            for rows in _rows(tasks):
+                if len(inserting) == 2:
+                    await inserting.popleft()
+                adding = run_set.store.add_tasks(eval_id, num_tasks, rows)
+                inserting.append(asyncio.create_task(adding))
+                await asyncio.sleep(0)
+                needs_definitions = needs_definitions or b"__main__" in rows[0].payload
+                num_tasks += len(rows)
+        while inserting:
+            await inserting.popleft()
         if num_tasks == 0:
             raise ValueError(f"No tasks to evaluate: {name}.get_tasks() returned none")
         await run_set.store.refuse_duplicates(eval_id)
         if needs_definitions and (definitions := _codec.main_definitions()) is not None:
             await run_set.store.set_definitions(definitions)
     except BaseException:
-        if inserting is not None:
-            await asyncio.wait([inserting])
+        if inserting:
+            await asyncio.wait(inserting)
         await run_set.store.delete_eval(eval_id)
         raise
     return eval_id, num_tasks
@@ -90,6 +92,20 @@ async def _in_batches(
         yield batch
 
 
+def _rows(tasks: Sequence[Task]) -> Iterator[list[NewTask]]:
+    """The rows of `tasks`, in as many parts as keep each within what a transaction takes."""
+    rows: list[NewTask] = []
+    size = 0
+    for task in tasks:
+        rows.append(row := _new_task(task))
+        size += len(row.payload)
+        if size >= BATCH_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
 def _new_task(task: Task) -> NewTask:
     if not isinstance(task, Task):
         raise TypeError(
@@ -101,7 +117,7 @@ def _new_task(task: Task) -> NewTask:
         task.attempt_id,
         task.retry_idx,
         _outcomes.preview(task),
-        _codec.dumps(task, f"task {task.name!r}"),
+        _codec.dumps_model(task, "task %r", task.name),
     )
 
 

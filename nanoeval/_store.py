@@ -3,9 +3,9 @@
 Knows bytes, not what they mean: nothing here is unpickled. All times are seconds since the epoch.
 One connection per process writes, on a thread of its own; a call is one transaction.
 
-Many rows travel as one statement: their columns as a JSON array, their pickles as one blob with
-the extent of each. The statement then runs without Python's lock, beside the rollouts; row by row,
-each row would wait for the lock anew.
+Many rows travel as one statement, which runs without Python's lock, beside the rollouts; row by
+row, each row would wait for the lock anew. For the same reason the two changes that every exchange
+makes are triggers, several statements that run as one; see `PROCEDURES`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -30,6 +32,11 @@ from nanoeval.fs_paths import check_private
 T = TypeVar("T")
 
 RESULTS_PER_READ = 2000
+# How many bytes of pickles one transaction takes in, gives out or reads, though always one pickle.
+# Bounds the memory that batches take, whatever the size of tasks and results.
+BATCH_BYTES = 16 * 2**20
+# Rows that one INSERT takes in. A few sizes only, so that its statements stay prepared.
+ROWS_PER_STATEMENT = (512, 64, 8, 1)
 
 CREATE_RUN_SET = """
 INSERT INTO run_set (id, created_at, nanoeval_version, host, command)
@@ -81,18 +88,8 @@ VALUES (:name, :model_name, 'queueing', :concurrency, :now, :spec)"""
 
 LAST_TASK_ID = "SELECT coalesce(max(t.id), 0) FROM task AS t"
 
-# Each of :rows is [question_id, attempt_id, retry_idx, preview, start, length].
-ADD_TASKS = """
-INSERT INTO task (id, eval_id, position, question_id, attempt_id, retry_idx)
-SELECT :first_id + j.key, :eval_id, :first_position + j.key, json_extract(j.value, '$[0]'),
-    json_extract(j.value, '$[1]'), json_extract(j.value, '$[2]')
-FROM json_each(:rows) AS j"""
-
-ADD_TASK_PAYLOADS = """
-INSERT INTO task_payload (task_id, preview, payload)
-SELECT :first_id + j.key, json_extract(j.value, '$[3]'),
-    substr(:payloads, json_extract(j.value, '$[4]'), json_extract(j.value, '$[5]'))
-FROM json_each(:rows) AS j"""
+ADD_TASKS = "INSERT INTO task (id, eval_id, position, question_id, attempt_id, retry_idx)"
+ADD_TASK_PAYLOADS = "INSERT INTO task_payload (task_id, preview, payload)"
 
 # Once per eval: an index that refuses duplicates would cost more for each task.
 DUPLICATES = """
@@ -128,48 +125,19 @@ SELECT e.state, e.concurrency, e.num_tasks, e.num_scored, e.num_failed, e.num_re
     e.num_unexpected, e.num_with_score, e.score_sum,
     (SELECT count(*) FROM claim AS c WHERE c.eval_id = e.id) AS num_running
 FROM eval AS e WHERE e.id = :eval_id"""
-
-# An answer to a claim that was taken back finds no claim, and is dropped.
-# Each of :rows is [task_id, number, state, started_at, finished_at, score, preview, start, length],
-# and for a failure also is_unexpected, error_type, error_message, traceback.
 LAST_OUTCOME = "SELECT coalesce(max(o.seq), 0) FROM outcome AS o"
-ADD_OUTCOMES = """
-INSERT INTO outcome (seq, eval_id, task_id, executor_id, state, started_at, finished_at, score,
-    is_unexpected, error_type, error_message, traceback)
-SELECT :last_seq + 1 + j.key, c.eval_id, c.task_id, c.executor_id,
-    json_extract(j.value, '$[2]'), json_extract(j.value, '$[3]'), json_extract(j.value, '$[4]'),
-    json_extract(j.value, '$[5]'), coalesce(json_extract(j.value, '$[9]'), 0),
-    json_extract(j.value, '$[10]'), json_extract(j.value, '$[11]'),
-    json_extract(j.value, '$[12]')
-FROM json_each(:rows) AS j JOIN claim AS c ON c.task_id = json_extract(j.value, '$[0]')
-WHERE c.executor_id = :executor_id AND c.number = json_extract(j.value, '$[1]')"""
-
-ADD_OUTCOME_PAYLOADS = """
-INSERT INTO outcome_payload (seq, preview, payload)
-SELECT o.seq, json_extract(j.value, '$[6]'),
-    substr(:payloads, json_extract(j.value, '$[7]'), json_extract(j.value, '$[8]'))
-FROM json_each(:rows) AS j JOIN outcome AS o ON o.seq = :last_seq + 1 + j.key"""
-
 OUTCOMES_SINCE = "SELECT o.seq FROM outcome AS o WHERE o.seq > :last_seq ORDER BY o.seq"
 
-# The rest follows from the rows just added.
-END_CLAIMS = """
-DELETE FROM claim WHERE task_id IN (SELECT o.task_id FROM outcome AS o WHERE o.seq > :last_seq)"""
-
-FINISH_TASKS = """
-UPDATE task SET state = o.state, outcome_seq = o.seq
-FROM outcome AS o WHERE o.seq > :last_seq AND task.id = o.task_id"""
-
-COUNT_OUTCOMES = """
-UPDATE eval SET num_scored = num_scored + n.scored, num_failed = num_failed + n.failed,
-    num_retried = num_retried + n.retried, num_unexpected = num_unexpected + n.unexpected,
-    num_with_score = num_with_score + n.with_score, score_sum = score_sum + n.sum
-FROM (
-    SELECT coalesce(sum(o.state = 2), 0) AS scored, coalesce(sum(o.state = 4), 0) AS failed,
-        coalesce(sum(o.state = 3), 0) AS retried, coalesce(sum(o.is_unexpected), 0) AS unexpected,
-        count(o.score) AS with_score, coalesce(sum(o.score), 0) AS sum
-    FROM outcome AS o WHERE o.seq > :last_seq) AS n
-WHERE id = :eval_id"""
+# What came of claims is put into a table of the connection's own, and taken in from there by one
+# call of `hand_in`, below.
+STAGE_OUTCOMES = """
+INSERT INTO handed_in (
+    place, task_id, number, state, started_at, finished_at, score, preview, payload)"""
+STAGE_ERRORS = """
+UPDATE handed_in SET is_unexpected = :is_unexpected, error_type = :error_type,
+    error_message = :error_message, traceback = :traceback WHERE place = :place"""
+HAND_IN = """
+INSERT INTO hand_in (executor_id, eval_id, last_seq) VALUES (:executor_id, :eval_id, :last_seq)"""
 
 ADD_RETRY = """
 INSERT INTO task (id, eval_id, question_id, attempt_id, retry_idx, position, not_before)
@@ -180,31 +148,80 @@ ADD_RETRY_PAYLOAD = """
 INSERT INTO task_payload (task_id, preview, payload)
 SELECT :id, p.preview, :payload FROM task_payload AS p WHERE p.task_id = :task_id"""
 
-# The longest due come first.
+# One row for all: their number, their ids, their columns as JSON in the order of Claim, and their
+# pickles as one blob. The longest due come first.
 DUE_TASKS = """
-SELECT json_group_array(d.id) FROM (
-    SELECT t.id FROM task AS t
+WITH due AS (
+    SELECT t.id, t.claims + 1 AS number, t.question_id, t.attempt_id, t.retry_idx, t.losses,
+        p.payload, length(p.payload) AS size,
+        sum(length(p.payload)) OVER (ORDER BY t.not_before, t.id ROWS UNBOUNDED PRECEDING) AS bytes
+    FROM task AS t JOIN task_payload AS p ON p.task_id = t.id
     WHERE t.eval_id = :eval_id AND t.state = 0 AND t.not_before <= :now
-    ORDER BY t.not_before, t.id LIMIT :limit) AS d"""
+    ORDER BY t.not_before, t.id LIMIT :limit)
+SELECT count(*), json_group_array(d.id),
+    json_group_array(json_array(
+        d.id, d.number, d.question_id, d.attempt_id, d.retry_idx, d.losses, d.size)),
+    CAST(group_concat(d.payload, '') AS BLOB)
+FROM due AS d WHERE d.bytes - d.size < :batch_bytes"""
 
-TAKE_TASKS = """
-UPDATE task SET state = 1, claims = claims + 1
-WHERE id IN (SELECT j.value FROM json_each(:ids) AS j)"""
+# Claims what DUE_TASKS found: one call of `take`, below.
+TAKE = "INSERT INTO take (executor_id, now, ids) VALUES (:executor_id, :now, :ids)"
 
-ADD_CLAIMS = """
-INSERT INTO claim (task_id, eval_id, executor_id, number, started_at)
-SELECT t.id, t.eval_id, :executor_id, t.claims, :now
-FROM json_each(:ids) AS j JOIN task AS t ON t.id = j.value"""
+# Called by an INSERT, whose values are NEW; a view that is never read gives the call its columns.
+# They belong to the connection, not to the file.
+PROCEDURES = (
+    """
+CREATE TEMP TABLE handed_in (
+    place INTEGER PRIMARY KEY, task_id, number, state, started_at, finished_at, score,
+    preview, payload, is_unexpected DEFAULT 0, error_type, error_message, traceback)""",
+    """
+CREATE TEMP VIEW hand_in AS
+SELECT NULL AS executor_id, NULL AS eval_id, NULL AS last_seq""",
+    # An answer to a claim that was taken back finds no claim, and is dropped. The rest follows from
+    # the outcomes that are added.
+    """
+CREATE TEMP TRIGGER on_hand_in INSTEAD OF INSERT ON hand_in BEGIN
+    INSERT INTO outcome (seq, eval_id, task_id, executor_id, state, started_at, finished_at, score,
+        is_unexpected, error_type, error_message, traceback)
+    SELECT NEW.last_seq + h.place, c.eval_id, c.task_id, c.executor_id, h.state, h.started_at,
+        h.finished_at, h.score, h.is_unexpected, h.error_type, h.error_message, h.traceback
+    FROM handed_in AS h JOIN claim AS c ON c.task_id = h.task_id
+    WHERE c.executor_id = NEW.executor_id AND c.number = h.number;
 
-# One row for all: the columns as JSON, in the order of Claim, and the pickles as one blob.
-READ_CLAIMS = """
-SELECT
-    json_group_array(json_array(t.id, t.eval_id, t.claims, t.question_id, t.attempt_id,
-        t.retry_idx, t.losses, length(p.payload))),
-    CAST(group_concat(p.payload, '') AS BLOB)
-FROM json_each(:ids) AS j
-    JOIN task AS t ON t.id = j.value
-    JOIN task_payload AS p ON p.task_id = j.value"""
+    INSERT INTO outcome_payload (seq, preview, payload)
+    SELECT o.seq, h.preview, h.payload
+    FROM handed_in AS h JOIN outcome AS o ON o.seq = NEW.last_seq + h.place;
+
+    DELETE FROM handed_in;
+
+    DELETE FROM claim
+    WHERE task_id IN (SELECT o.task_id FROM outcome AS o WHERE o.seq > NEW.last_seq);
+
+    UPDATE task SET state = o.state, outcome_seq = o.seq
+    FROM outcome AS o WHERE o.seq > NEW.last_seq AND task.id = o.task_id;
+
+    UPDATE eval SET num_scored = num_scored + n.scored, num_failed = num_failed + n.failed,
+        num_retried = num_retried + n.retried, num_unexpected = num_unexpected + n.unexpected,
+        num_with_score = num_with_score + n.with_score, score_sum = score_sum + n.sum
+    FROM (
+        SELECT coalesce(sum(o.state = 2), 0) AS scored, coalesce(sum(o.state = 4), 0) AS failed,
+            coalesce(sum(o.state = 3), 0) AS retried,
+            coalesce(sum(o.is_unexpected), 0) AS unexpected,
+            count(o.score) AS with_score, coalesce(sum(o.score), 0) AS sum
+        FROM outcome AS o WHERE o.seq > NEW.last_seq) AS n
+    WHERE id = NEW.eval_id;
+END""",
+    "CREATE TEMP VIEW take AS SELECT NULL AS executor_id, NULL AS now, NULL AS ids",
+    """
+CREATE TEMP TRIGGER on_take INSTEAD OF INSERT ON take BEGIN
+    UPDATE task SET state = 1, claims = claims + 1
+    WHERE id IN (SELECT j.value FROM json_each(NEW.ids) AS j);
+
+    INSERT INTO claim (task_id, eval_id, executor_id, number, started_at)
+    SELECT t.id, t.eval_id, NEW.executor_id, t.claims, NEW.now
+    FROM json_each(NEW.ids) AS j JOIN task AS t ON t.id = j.value;
+END""",
+)
 
 NEXT_DUE = "SELECT min(t.not_before) FROM task AS t WHERE t.eval_id = :eval_id AND t.state = 0"
 
@@ -216,13 +233,23 @@ EVALS = """
 SELECT e.id, e.run_id, e.name, e.state, e.num_tasks, e.num_scored, e.num_failed, e.spec, e.recorder
 FROM eval AS e ORDER BY e.id"""
 
-RESULTS_SINCE = """
-SELECT o.seq, t.position, p.payload, r.payload
-FROM outcome AS o
+COUNTED_SINCE = """
+SELECT json_group_array(c.seq) FROM (
+    SELECT o.seq FROM outcome AS o
+    WHERE o.eval_id = :eval_id AND o.seq > :seq AND o.state IN (2, 4) ORDER BY o.seq) AS c"""
+
+COUNTED_IN_ORDER = """
+SELECT json_group_array(c.seq) FROM (
+    SELECT o.seq FROM outcome AS o JOIN task AS t ON t.id = o.task_id
+    WHERE o.eval_id = :eval_id AND o.state IN (2, 4) ORDER BY t.position) AS c"""
+
+READ_RESULTS = """
+SELECT p.payload, r.payload
+FROM json_each(:seqs) AS j
+    JOIN outcome AS o ON o.seq = j.value
     JOIN outcome_payload AS r ON r.seq = o.seq
-    JOIN task AS t ON t.id = o.task_id
     JOIN task_payload AS p ON p.task_id = o.task_id
-WHERE o.seq > :seq AND o.eval_id = :eval_id AND o.state IN (2, 4) ORDER BY o.seq LIMIT :limit"""
+ORDER BY j.key"""
 
 
 class DuplicateTaskError(ValueError):
@@ -233,7 +260,6 @@ class Claim(NamedTuple):
     """A task this executor may run now, until its lease ends."""
 
     task_id: int
-    eval_id: int
     number: int
     question_id: str
     attempt_id: int
@@ -309,10 +335,23 @@ class Exchange:
     executor has a new lease.
     """
 
-    claims: list[Claim]
     progress: Progress
-    next_due: float | None
+    next_due: float | None = None
     is_lease_lost: bool = False
+    num_claims: int = 0
+    # As DUE_TASKS gives them: the columns as JSON, and the pickles joined.
+    columns: str = "[]"
+    payloads: bytes = b""
+
+    def claims(self) -> list[Claim]:
+        """The new claims, made afresh with each call."""
+        rows = json.loads(self.columns)
+        start = 0
+        for row in rows:
+            end = start + row[-1]
+            row[-1] = self.payloads[start:end]
+            start = end
+        return [Claim._make(row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +396,7 @@ class Store:
         with explained_errors(self.path):
             # Made private from its first byte; SQLite gives its side files the same mode.
             self.path.touch(mode=0o600)
-            writer = _Writer(partial(connect, self.path), iter_chunk_size=64)
+            writer = _Writer(partial(_open, self.path), iter_chunk_size=64)
             await writer
             self._writer = writer
         return self
@@ -423,19 +462,8 @@ class Store:
 
     async def add_tasks(self, eval_id: int, first_position: int, tasks: Sequence[NewTask]) -> None:
         """Queue tasks as one transaction, in order; they can be claimed after `start_eval`."""
-        payloads = [task.payload for task in tasks]
-        rows = [
-            (task.question_id, task.attempt_id, task.retry_idx, task.preview, start, length)
-            for task, (start, length) in zip(tasks, _with_extents(payloads), strict=True)
-        ]
         await self._write(
-            partial(
-                _add_tasks,
-                eval_id=eval_id,
-                first_position=first_position,
-                rows=_to_json(rows),
-                payloads=b"".join(payloads),
-            )
+            partial(_add_tasks, eval_id=eval_id, first_position=first_position, tasks=tasks)
         )
 
     async def delete_eval(self, eval_id: int) -> None:
@@ -516,33 +544,39 @@ class Store:
         concurrency, counted over all executors, and none is given unless the eval is running.
         With `num_sharers` executors at work, one never takes so many that another is left idle.
         """
-        return await self._write(
-            partial(
-                _exchange,
-                executor_id=executor_id,
-                eval_id=eval_id,
-                finishes=finishes,
-                wanted=wanted,
-                num_sharers=num_sharers,
-                lease=self.lease,
-            )
+        now = time.time()
+        row = {
+            "executor_id": executor_id,
+            "eval_id": eval_id,
+            "now": now,
+            "lease_until": now + self.lease,
+            "batch_bytes": BATCH_BYTES,
+        }
+        exchange = partial(
+            _exchange, row=row, finishes=finishes, wanted=wanted, num_sharers=num_sharers
         )
+        return await self._write(exchange)
 
     async def release(self, executor_id: int, eval_id: int) -> None:
         """Put back what an executor has claimed of an eval and will not run."""
         await self._write(partial(_put_back, executor_id=executor_id, eval_id=eval_id))
 
-    async def results_since(
-        self, eval_id: int, seq: int = 0
-    ) -> AsyncIterator[list[tuple[int, int, bytes, bytes]]]:
-        """Yield, in batches, (seq, position, task pickle, result pickle) committed after `seq`."""
-        while True:
-            row = {"eval_id": eval_id, "seq": seq, "limit": RESULTS_PER_READ}
-            batch = await self._read(partial(_fetch_all, RESULTS_SINCE, row))
-            if not batch:
-                return
+    async def counted(self, eval_id: int) -> Sequence[int]:
+        """The outcomes that count in a summary, by their `seq`, in the order of get_tasks()."""
+        return await self._read(partial(_seqs, COUNTED_IN_ORDER, {"eval_id": eval_id}))
+
+    async def counted_since(self, eval_id: int, seq: int) -> Sequence[int]:
+        """The outcomes that count and were committed after `seq`, in the order of commits."""
+        return await self._read(partial(_seqs, COUNTED_SINCE, {"eval_id": eval_id, "seq": seq}))
+
+    async def results(self, seqs: Sequence[int]) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        """Yield, in batches and in their order, (task pickle, result pickle) of outcomes."""
+        n_read = 0
+        while n_read < len(seqs):
+            wanted = seqs[n_read : n_read + RESULTS_PER_READ]
+            batch = await self._read(partial(_results, seqs=json.dumps(list(wanted))))
             yield batch
-            seq = batch[-1][0]
+            n_read += len(batch)
 
     async def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         assert self._writer is not None, "the store is closed"
@@ -555,8 +589,29 @@ class Store:
             return await self._writer.read(query)
 
 
-def _fetch_all(query: str, row: dict[str, Any], db: sqlite3.Connection) -> list[Any]:
-    return db.execute(query, row).fetchall()
+def _open(path: Path) -> sqlite3.Connection:
+    db = connect(path)
+    for procedure in PROCEDURES:
+        db.execute(procedure)
+    return db
+
+
+def _seqs(query: str, row: dict[str, Any], db: sqlite3.Connection) -> Sequence[int]:
+    (seqs,) = db.execute(query, row).fetchone()
+    return array("q", json.loads(seqs))
+
+
+def _results(db: sqlite3.Connection, seqs: str) -> list[tuple[bytes, bytes]]:
+    """The first of :seqs, as many as a batch may hold."""
+    batch = []
+    size = 0
+    with closing(db.execute(READ_RESULTS, {"seqs": seqs})) as rows:
+        for task, result in rows:
+            batch.append((task, result))
+            size += len(task) + len(result)
+            if size >= BATCH_BYTES:
+                break
+    return batch
 
 
 def _add_executor(db: sqlite3.Connection, role: str, lease: float) -> int:
@@ -620,29 +675,29 @@ def _reap(db: sqlite3.Connection, losses: int) -> list[tuple[ProcessIdentity, in
 
 
 def _add_tasks(
-    db: sqlite3.Connection, eval_id: int, first_position: int, rows: str, payloads: bytes
+    db: sqlite3.Connection, eval_id: int, first_position: int, tasks: Sequence[NewTask]
 ) -> None:
     (last_id,) = db.execute(LAST_TASK_ID).fetchone()
-    row = {
-        "first_id": last_id + 1,
-        "eval_id": eval_id,
-        "first_position": first_position,
-        "rows": rows,
-        "payloads": payloads,
-    }
-    db.execute(ADD_TASKS, row)
-    db.execute(ADD_TASK_PAYLOADS, row)
+    ids = range(last_id + 1, last_id + 1 + len(tasks))
+    names = [
+        (id, eval_id, first_position + index, task.question_id, task.attempt_id, task.retry_idx)
+        for index, (id, task) in enumerate(zip(ids, tasks, strict=True))
+    ]
+    _insert(db, ADD_TASKS, names)
+    payloads = [(id, task.preview, task.payload) for id, task in zip(ids, tasks, strict=True)]
+    _insert(db, ADD_TASK_PAYLOADS, payloads)
 
 
-def _with_extents(payloads: Iterable[bytes | None]) -> Iterator[tuple[int | None, int | None]]:
-    """Where each payload lies in all of them joined: SQL's substr counts from 1."""
-    start = 1
-    for payload in payloads:
-        if payload is None:
-            yield None, None
-        else:
-            yield start, len(payload)
-            start += len(payload)
+def _insert(db: sqlite3.Connection, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Carry out `into` for all rows, many in one statement."""
+    done = 0
+    while done < len(rows):
+        n = next(size for size in ROWS_PER_STATEMENT if size <= len(rows) - done)
+        some = rows[done : done + n]
+        place_holders = "(" + ",".join("?" * len(some[0])) + ")"
+        statement = into + " VALUES " + ",".join([place_holders] * n)
+        db.execute(statement, list(chain.from_iterable(some)))
+        done += n
 
 
 def _delete_eval(db: sqlite3.Connection, eval_id: int) -> None:
@@ -661,87 +716,60 @@ def _progress(db: sqlite3.Connection, eval_id: int) -> Progress:
 
 def _exchange(
     db: sqlite3.Connection,
-    *,
-    executor_id: int,
-    eval_id: int,
+    row: dict[str, Any],
     finishes: Sequence[Finish],
     wanted: int,
     num_sharers: int,
-    lease: float,
 ) -> Exchange:
-    now = time.time()
-    row = {"executor_id": executor_id, "eval_id": eval_id, "now": now, "lease_until": now + lease}
-    if db.execute(RENEW_LOST_LEASE, row).rowcount:
-        return Exchange([], _progress(db, eval_id), None, is_lease_lost=True)
     if finishes:
-        _commit_finishes(db, executor_id, eval_id, finishes)
-    progress = _progress(db, eval_id)
+        _hand_in(db, row, finishes)
+    progress = _progress(db, row["eval_id"])
+    # What was handed in after the lease ran out has found no claims.
+    if db.execute(RENEW_LOST_LEASE, row).rowcount:
+        return Exchange(progress, is_lease_lost=True)
     free = wanted
     if progress.concurrency is not None:
         free = min(free, progress.concurrency - progress.num_running)
     if num_sharers > 1:
         num_queued = progress.num_tasks - progress.num_done - progress.num_running
         free = min(free, max(1, num_queued // (2 * num_sharers)))
-    claims: list[Claim] = []
+    num_claims, columns, payloads = 0, "[]", b""
     if free > 0 and progress.state == "running" and not progress.is_done:
-        claims = _claim(db, row | {"limit": free})
+        num_claims, ids, columns, payloads = db.execute(DUE_TASKS, row | {"limit": free}).fetchone()
+        if num_claims:
+            db.execute(TAKE, row | {"ids": ids})
     next_due = None
-    if len(claims) < wanted:
+    if num_claims < wanted:
         (next_due,) = db.execute(NEXT_DUE, row).fetchone()
-    return Exchange(claims, progress, next_due)
+    return Exchange(progress, next_due, False, num_claims, columns, payloads)
 
 
-def _claim(db: sqlite3.Connection, row: dict[str, Any]) -> list[Claim]:
-    (ids,) = db.execute(DUE_TASKS, row).fetchone()
-    if ids == "[]":
-        return []
-    row |= {"ids": ids}
-    db.execute(TAKE_TASKS, row)
-    db.execute(ADD_CLAIMS, row)
-    columns, payloads = db.execute(READ_CLAIMS, row).fetchone()
-    claims = []
-    start = 0
-    for *names, length in json.loads(columns):
-        claims.append(Claim._make([*names, payloads[start : start + length]]))
-        start += length
-    return claims
-
-
-def _commit_finishes(
-    db: sqlite3.Connection, executor_id: int, eval_id: int, finishes: Sequence[Finish]
-) -> None:
+def _hand_in(db: sqlite3.Connection, row: dict[str, Any], finishes: Sequence[Finish]) -> None:
     (last_seq,) = db.execute(LAST_OUTCOME).fetchone()
-    row = {
-        "executor_id": executor_id,
-        "eval_id": eval_id,
-        "last_seq": last_seq,
-        "rows": _to_json(_outcome_rows(finishes)),
-        "payloads": b"".join(f.payload for f in finishes if f.payload is not None),
-    }
-    n_accepted = db.execute(ADD_OUTCOMES, row).rowcount
-    for statement in (ADD_OUTCOME_PAYLOADS, END_CLAIMS, FINISH_TASKS, COUNT_OUTCOMES):
-        db.execute(statement, row)
-    accepted = finishes
-    if n_accepted < len(finishes):
-        seqs = db.execute(OUTCOMES_SINCE, row).fetchall()
-        accepted = [finishes[seq - last_seq - 1] for (seq,) in seqs]
-    for finish in accepted:
-        if finish.state == _schema.RETRIED:
-            _add_retry(db, finish)
+    _insert(db, STAGE_OUTCOMES, [_outcome(place, f) for place, f in enumerate(finishes, 1)])
+    for place, finish in enumerate(finishes, 1):
+        if finish.error_type is not None:
+            db.execute(STAGE_ERRORS, {"place": place} | _error(finish))
+    db.execute(HAND_IN, row | {"last_seq": last_seq})
+    if any(finish.state == _schema.RETRIED for finish in finishes):
+        for (seq,) in db.execute(OUTCOMES_SINCE, {"last_seq": last_seq}).fetchall():
+            finish = finishes[seq - last_seq - 1]
+            if finish.state == _schema.RETRIED:
+                _add_retry(db, finish)
 
 
-def _outcome_rows(finishes: Sequence[Finish]) -> list[tuple[Any, ...]]:
-    rows: list[tuple[Any, ...]] = []
-    for f, (start, length) in zip(
-        finishes, _with_extents(f.payload for f in finishes), strict=True
-    ):
-        task_id, number = f.claim.task_id, f.claim.number
-        times = (f.started_at, f.finished_at)
-        row: tuple[Any, ...] = (task_id, number, f.state, *times, f.score, f.preview, start, length)
-        if f.error_type is not None:
-            row += (f.is_unexpected, f.error_type, f.error_message, f.traceback)
-        rows.append(row)
-    return rows
+def _outcome(place: int, f: Finish) -> tuple[Any, ...]:
+    """`f` as a row of `handed_in`."""
+    claim = f.claim
+    return (
+        place, claim.task_id, claim.number, f.state, f.started_at, f.finished_at, f.score,
+        f.preview, f.payload,
+    )  # fmt: skip
+
+
+def _error(finish: Finish) -> dict[str, Any]:
+    names = ("is_unexpected", "error_type", "error_message", "traceback")
+    return {name: getattr(finish, name) for name in names}
 
 
 def _add_retry(db: sqlite3.Connection, finish: Finish) -> None:
@@ -754,11 +782,6 @@ def _add_retry(db: sqlite3.Connection, finish: Finish) -> None:
     }
     db.execute(ADD_RETRY, row)
     db.execute(ADD_RETRY_PAYLOAD, row)
-
-
-def _to_json(rows: list[tuple[Any, ...]]) -> str:
-    """`rows` for json_each. SQLite's strings end at a NUL, which none of ours needs."""
-    return json.dumps(rows).replace("\\u0000", "\\ufffd")
 
 
 def diagnose(path: Path, executor_id: int, **counts: Any) -> None:

@@ -7,6 +7,7 @@ rollouts it has go on. How many it may have is the store's business.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 import time
@@ -17,8 +18,8 @@ from typing import Any, TypeVar
 
 from nanoeval import _codec, _outcomes, _schema
 from nanoeval._database_file import StoreError
-from nanoeval._store import Claim, Exchange, Finish, Progress, Store
-from nanoeval.asyncio_utils import uninterrupted
+from nanoeval._store import BATCH_BYTES, Claim, Exchange, Finish, Progress, Store
+from nanoeval.asyncio_utils import cancel_task, uninterrupted
 from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
 from nanoeval.recorder import set_default_recorder
 from nanoeval.recorder_protocol import RecorderProtocol
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 # Enough to make a transaction worth its cost, few enough to overlap it with rollouts.
 CLAIM_BATCH = 1024
+# With more bytes of results than this still to be stored, no further rollout begins.
+MAX_HELD_BYTES = 4 * BATCH_BYTES
 # With nothing claimed, look again this often for what other processes put back or change.
 FIRST_POLL = 0.005
 LONGEST_POLL = 0.25
@@ -73,11 +76,15 @@ class Worker:
         self._job = job
         self._num_sharers = num_sharers
         self._on_progress = on_progress
+        self._timeout = job.runner.rollout_timeout
         self._capacity = self._share_of(job.runner.concurrency)
         self._running: dict[int, asyncio.Task[None]] = {}
         self._started_at: dict[int, tuple[Claim, float]] = {}
         self._finished: list[Finish] = []
         self._something_finished = asyncio.Event()
+        # Of results that the database has not taken in yet.
+        self._held_bytes = 0
+        self._has_room_for_results = asyncio.Event()
         self._is_stopping = False
         self._fatal: list[FatalRolloutError] = []
 
@@ -109,7 +116,7 @@ class Worker:
     async def _wind_up(self) -> None:
         """End the rollouts at work, hand in what is finished and give back the rest."""
         await self._end_rollouts()
-        if self._finished:
+        while self._finished:
             await self._exchange(wanted=0)
         await self._store.release(self._executor_id, self._job.eval_id)
 
@@ -128,26 +135,46 @@ class Worker:
         start = asyncio.get_running_loop().create_task
         is_entered = False
         poll = FIRST_POLL
-        while not self._fatal:
-            wanted = max(0, int(min(CLAIM_BATCH, self._capacity - len(self._running))))
-            exchange = await self._exchange(wanted)
-            if exchange.is_lease_lost:
-                await self._drop_all_rollouts()
-                continue
-            progress = exchange.progress
-            self._capacity = self._share_of(progress.concurrency)
-            self._on_progress(progress)
-            if progress.state != "running" or progress.is_done:
-                return
-            self._stop_if_too_many_failed(progress)
-            if exchange.claims and not is_entered:
-                await self._enter_eval(contexts)
-                is_entered = True
-            for claim in exchange.claims:
-                self._running[claim.task_id] = start(self._rollout(claim))
-            if len(exchange.claims) < wanted or wanted == 0:
-                poll = FIRST_POLL if exchange.claims else min(2 * poll, LONGEST_POLL)
-                await self._wait(exchange.next_due, poll)
+        wanted = self._room()
+        asking = start(self._exchange(wanted))
+        try:
+            while not self._fatal:
+                exchange = await asking
+                if exchange.is_lease_lost:
+                    await self._drop_all_rollouts()
+                    wanted = self._room()
+                    asking = start(self._exchange(wanted))
+                    continue
+                progress = exchange.progress
+                self._capacity = self._share_of(progress.concurrency)
+                self._on_progress(progress)
+                if progress.state != "running" or progress.is_done:
+                    return
+                self._stop_if_too_many_failed(progress)
+                room = self._room(exchange.num_claims)
+                is_there_more = exchange.num_claims == wanted and room > 0
+                if is_there_more:
+                    # The database works on the next ones while these are started.
+                    wanted = room
+                    asking = start(self._exchange(wanted))
+                    await asyncio.sleep(0)
+                if exchange.num_claims and not is_entered:
+                    await self._enter_eval(contexts)
+                    is_entered = True
+                for claim in exchange.claims():
+                    self._running[claim.task_id] = start(self._rollout(claim))
+                if not is_there_more:
+                    poll = FIRST_POLL if exchange.num_claims else min(2 * poll, LONGEST_POLL)
+                    await self._wait(exchange.next_due, poll)
+                    wanted = self._room()
+                    asking = start(self._exchange(wanted))
+        finally:
+            # What it brings too late is given back by `_wind_up`.
+            await cancel_task(asking)
+
+    def _room(self, num_coming: int = 0) -> int:
+        """How many more rollouts than those `num_coming` this process may have, at most a batch."""
+        return max(0, int(min(CLAIM_BATCH, self._capacity - len(self._running) - num_coming)))
 
     async def _enter_eval(self, contexts: AsyncExitStack) -> None:
         contexts.enter_context(set_default_recorder(self._job.recorder, "", ""))
@@ -165,11 +192,24 @@ class Worker:
         return math.inf if concurrency is None else math.ceil(concurrency / self._num_sharers)
 
     async def _exchange(self, wanted: int) -> Exchange:
-        finished, self._finished = self._finished, []
-        self._something_finished.clear()
-        return await self._store.exchange(
+        finished = self._finished_batch()
+        exchange = await self._store.exchange(
             self._executor_id, self._job.eval_id, finished, wanted, self._num_sharers
         )
+        self._held_bytes -= sum([_size(finish) for finish in finished])
+        self._has_room_for_results.set()
+        return exchange
+
+    def _finished_batch(self) -> list[Finish]:
+        """Take what is to be handed in: all that is finished, or as much as a transaction holds."""
+        n = len(self._finished)
+        if self._held_bytes > BATCH_BYTES:
+            sizes = itertools.accumulate(map(_size, self._finished))
+            n = next((i for i, total in enumerate(sizes, 1) if total >= BATCH_BYTES), n)
+        batch, self._finished = self._finished[:n], self._finished[n:]
+        if not self._finished:
+            self._something_finished.clear()
+        return batch
 
     async def _wait(self, next_due: float | None, poll: float) -> None:
         """Wait until a rollout has finished, a queued task is due, or it is time to look again."""
@@ -193,17 +233,21 @@ class Worker:
         if dropped:
             await asyncio.wait(dropped)
         self._finished.clear()
+        self._held_bytes = 0
 
     async def _rollout(self, claim: Claim) -> None:
         """Run one claim to its end. Never raises: what went wrong becomes an outcome."""
+        while self._held_bytes > MAX_HELD_BYTES:
+            self._has_room_for_results.clear()
+            await self._has_room_for_results.wait()
         started_at = time.time()
         group_id = f"{claim.attempt_id}.{claim.retry_idx}"
         self._started_at[claim.task_id] = (claim, started_at)
-        timeout = self._job.runner.rollout_timeout
+        timeout = self._timeout
         limit = None
         try:
             task = _codec.loads(claim.payload)
-            if claim.losses > self._job.runner.max_retries:
+            if claim.losses and claim.losses > self._job.runner.max_retries:
                 raise _outcomes.LostRolloutError(
                     f"the worker processes that ran this rollout died {claim.losses} times,"
                     " most likely because of it (out of memory?)"
@@ -231,6 +275,7 @@ class Worker:
             del self._started_at[claim.task_id]
         if self._running.pop(claim.task_id, None) is not None:
             self._finished.append(finish)
+            self._held_bytes += _size(finish)
             self._something_finished.set()
 
     def _scored(self, claim: Claim, started_at: float, result: Any) -> Finish:
@@ -239,7 +284,7 @@ class Worker:
             _schema.SCORED,
             started_at,
             time.time(),
-            payload=_codec.dumps(result, f"the result of task {claim.question_id!r}"),
+            payload=_codec.dumps(result, "the result of task %r", claim.question_id),
             score=_outcomes.score_of(result),
             preview=_outcomes.preview(result),
         )
@@ -267,7 +312,7 @@ class Worker:
                 # Afresh: `evaluate` may have changed the one it got.
                 next_try = _codec.loads(claim.payload)
                 next_try = next_try.model_copy(update={"retry_idx": claim.retry_idx + 1})
-                finish.retry_payload = _codec.dumps(next_try, f"task {claim.question_id!r}")
+                finish.retry_payload = _codec.dumps_model(next_try, "task %r", claim.question_id)
                 finish.not_before = time.time() + self._backoff(claim.retry_idx, error)
             else:
                 finish.payload = _outcomes.dump_error(error, what)
@@ -317,6 +362,10 @@ class Worker:
             f" exceptions, more than fail_on_error={share} allows; each stands in the database and"
             " in the records. Mend the cause and resume, or allow a larger share"
         )
+
+
+def _size(finish: Finish) -> int:
+    return len(finish.payload) if finish.payload is not None else 0
 
 
 def _with_cause(error: RolloutSystemError, cause: BaseException) -> RolloutSystemError:

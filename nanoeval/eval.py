@@ -6,7 +6,7 @@ Knows nothing of how a run is carried out.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import chz
@@ -135,6 +135,15 @@ class Eval(HasAsyncContextManager, Generic[TTask, TResult]):
         return await handle_system_errors_and_compute_metrics(
             self.get_summary, results, self.process_invalid
         )
+
+    async def get_streamed_summary(
+        self, batches: AsyncIterator[list[tuple[TTask, TResult | RolloutSystemError]]]
+    ) -> dict[str, Any]:
+        """Summarize all results as they are read, in lists of some, in the order of the tasks.
+
+        Override it where all of them do not fit into memory; by default `get_full_summary` of all.
+        """
+        return await self.get_full_summary([result async for batch in batches for result in batch])
 
     def process_invalid(self, task: TTask) -> TResult:
         """The result that stands for a failure of `task` in `metrics_including_errors`."""

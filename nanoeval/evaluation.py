@@ -177,12 +177,9 @@ async def _watched(run_set: RunSet, spec: EvalSpec, num_tasks: int) -> AsyncIter
 
 async def _summarize(run_set: RunSet, job: Job) -> dict[str, Any]:
     """The eval's summary of what is in the database, in the order of its tasks."""
-    outcomes: list[tuple[int, Any, Any]] = []
-    async for batch in run_set.store.results_since(job.eval_id):
-        outcomes += decoded(batch)
-    outcomes.sort(key=lambda outcome: outcome[0])
-    with noting(f"raised by {job.eval.get_name()}.get_full_summary(); all results are kept"):
-        return dict(await job.eval.get_full_summary([(task, r) for _, task, r in outcomes]))
+    results = decoded(run_set.store.results(await run_set.store.counted(job.eval_id)))
+    with noting(f"raised by the summary of {job.eval.get_name()}; all results are kept"):
+        return dict(await job.eval.get_streamed_summary(results))
 
 
 async def _report_failure(run_set: RunSet, job: Job, error: BaseException) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from contextvars import Token
-from typing import Any
+from typing import Any, cast
 
-from nanoeval._recorder_base import current_recorder
+from nanoeval._recorder_base import RolloutScope, current_recorder
 from nanoeval.library_config import get_library_config
 from nanoeval.recorder_protocol import RecorderConfig, RecorderProtocol
 
@@ -27,20 +27,26 @@ def get_recorder() -> RecorderProtocol:
         ) from None
 
 
-class set_default_recorder:
+def set_default_recorder(
+    rec: RecorderProtocol, sample_id: str, group_id: str
+) -> AbstractContextManager[None]:
     """Make `rec` the one that `get_recorder()` finds inside the block.
 
-    `sample_id` is the question id, `group_id` is `"{attempt_id}.{retry_idx}"`. A class and not a
-    generator, because it is entered for every rollout.
+    `sample_id` is the question id, `group_id` is `"{attempt_id}.{retry_idx}"`.
     """
+    context = get_library_config().set_recorder_context(rec, sample_id, group_id)
+    # Our own recorders' scope sees to it alone.
+    if type(context) is RolloutScope and cast(RecorderProtocol, context.recorder) is rec:
+        return context
+    return _Current(rec, context)
 
-    __slots__ = ("_context", "_recorder", "_token")
 
-    def __init__(self, rec: RecorderProtocol, sample_id: str, group_id: str) -> None:
+class _Current:
+    """A recorder's own context, with that recorder the current one inside."""
+
+    def __init__(self, rec: RecorderProtocol, context: AbstractContextManager[Any]) -> None:
         self._recorder = rec
-        self._context: AbstractContextManager[Any] = get_library_config().set_recorder_context(
-            rec, sample_id, group_id
-        )
+        self._context = context
         self._token: Token[RecorderProtocol]
 
     def __enter__(self) -> None:

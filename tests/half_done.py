@@ -33,7 +33,7 @@ async def _make(run_set_id: str, eval: Any, n_done: int) -> None:
             now = time.time()
             true = _codec.dumps(True, "the result")
             finishes = [
-                Finish(c, _schema.SCORED, now, now, true, 1.0, "true") for c in answer.claims
+                Finish(c, _schema.SCORED, now, now, true, 1.0, "true") for c in answer.claims()
             ]
             left -= len(finishes)
     assert os.path.exists(database_path(run_set_id))

@@ -154,6 +154,7 @@ async def _read_results(run_set_id: str, run_id: str) -> list[tuple[GenerationTa
     async with joined(run_set_id) as run_set:
         for stored in await run_set.store.evals():
             if stored.run_id == run_id:
-                async for batch in run_set.store.results_since(stored.eval_id):
-                    results += [(_codec.loads(t), _codec.loads(r)) for _, _, t, r in batch]
+                counted = await run_set.store.counted(stored.eval_id)
+                async for batch in run_set.store.results(counted):
+                    results += [(_codec.loads(t), _codec.loads(r)) for t, r in batch]
     return results
