@@ -39,18 +39,24 @@ TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Tool:
-    """`requirements` are what pip installs, `program` the file in `peers/` that runs a workload."""
+    """`requirements` are what pip installs, `program` the file in `peers/` that runs a workload.
+
+    `saves` is told to the program: whether to write samples, where the tool leaves a choice.
+    """
 
     distribution: str
     requirements: tuple[str, ...]
     program: str
+    saves: bool = False
 
 
 TOOLS = {
     # hatchling builds it from the checkout.
     OURS: Tool("nanoeval", ("hatchling", str(HERE.parent)), "nanoeval_program.py"),
     "inspect-ai": Tool("inspect-ai", ("inspect-ai", "openai"), "inspect_ai_program.py"),
+    # By default it writes nothing, unlike the others: so it runs as it is and doing what they do.
     "lm-eval": Tool("lm-eval", ("lm-eval[api]",), "lm_eval_program.py"),
+    "lm-eval, saving": Tool("lm-eval", ("lm-eval[api]",), "lm_eval_program.py", saves=True),
 }
 
 
@@ -75,12 +81,13 @@ WORKLOADS = {
 NOT_RUN = {
     ("many", "inspect-ai"): "takes minutes: see the rate at 5,000",
     ("sleep", "lm-eval"): "not expressible: a model gets all requests in one blocking call",
+    ("sleep", "lm-eval, saving"): "not expressible",
 }
 
 
 def make_environment(folder: Path, name: str) -> Path:
-    """The Python of the environment of tool `name`, which is made where it is missing."""
-    home = folder / name
+    """The Python of the environment of tool `name`; makes it, and brings ours up to date."""
+    home = folder / TOOLS[name].distribution
     python, complete = home / "bin" / "python", home / "complete"
     pip = [str(python), "-m", "pip", "-qq", "install"]
     if not complete.exists():
@@ -132,7 +139,9 @@ def environment(tool: str, folder: Path) -> dict[str, str]:
 
 def measure(python: Path, tool: str, workload: Workload, url: str) -> dict[str, float]:
     """Run a workload in a fresh process: seconds of wall and CPU, peak memory in MiB."""
-    order = json.dumps({**asdict(workload), "workload": workload.name, "url": url})
+    order = json.dumps(
+        {**asdict(workload), "workload": workload.name, "url": url, "saves": TOOLS[tool].saves}
+    )
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as name, tempfile.TemporaryFile("w+") as said:
         started_at = time.perf_counter()
@@ -218,7 +227,7 @@ def table(results: dict[str, Any]) -> str:
         for tool in TOOLS if key in results["workloads"] else ():
             found = results["workloads"][key].get(tool)
             if found is None:
-                cells = f"{NOT_RUN[key, tool]} | | | | |"
+                cells = f"{NOT_RUN.get((key, tool), '—')} | | | | |"
             else:
                 cells = (
                     "{per_second:,.0f} | {seconds:.2f} | {process_seconds:.2f} | {cpu_seconds:.2f}"
@@ -257,7 +266,8 @@ def main() -> None:
         pythons = {name: make_environment(arguments.environments, name) for name in TOOLS}
         results["machine"], results["repeat"] = machine(), arguments.repeat
         results["versions"] = {
-            name: version_of(pythons[name], tool.distribution) for name, tool in TOOLS.items()
+            tool.distribution: version_of(pythons[name], tool.distribution)
+            for name, tool in TOOLS.items()
         }
     for key in keys:
         results["workloads"][key] = run_workload(key, pythons, arguments.repeat)

@@ -1,9 +1,11 @@
 """One workload through lm-evaluation-harness; `peers.py` runs this with its own Python.
 
-    python lm_eval_program.py '{"workload": "noop", "n": 100, "in_flight": 100, "reply": ""}'
+    python lm_eval_program.py '{"workload": "noop", "n": 100, "in_flight": 100, "reply": "",
+        "saves": false}'
 
-Prints its seconds without imports, as JSON. Samples stay in memory, as is its default: nothing is
-written unless somebody asks for it.
+Prints its seconds without imports, as JSON. By default it writes nothing and keeps no samples; with
+`"saves": true` it writes its results and one line per sample to the folder that it is started in,
+as its command does with `--output_path` and `--log_samples`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import datasets
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.openai_completions import LocalChatCompletion
 from lm_eval.tasks import TaskManager
 
@@ -76,7 +79,12 @@ def main() -> None:
         apply_chat_template=is_http,
         # The other tools resample nothing either.
         bootstrap_iters=0,
+        log_samples=order["saves"],
     )
+    if order["saves"]:
+        tracker = EvaluationTracker(output_path="saved")
+        tracker.save_results_aggregated(results, results["samples"])
+        tracker.save_results_samples("questions", results["samples"]["questions"])
     seconds = time.perf_counter() - started_at
     assert results["results"]["questions"]["acc,none"] == 1
     assert results["n-samples"]["questions"]["effective"] == order["n"]
