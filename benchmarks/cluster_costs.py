@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import chz
+from cluster_model import Cluster, Costs, Simulation
 from overhead import Noop, machine
-from simulate_cluster import Cluster, Costs, Simulation
 
 from nanoeval import EvalSpec, RunnerArgs, Task, _codec, _schema, run
 from nanoeval._chores import decoded
@@ -286,9 +286,9 @@ def real_rate(n: int, sleep: float, concurrency: int) -> float:
 def foretold_rate(costs: Costs, n: int, sleep: float, concurrency: int) -> float:
     """What the model says of the same run: one actor, nothing between it and the database."""
     cluster = Cluster(
-        nodes=1, seconds=sleep, actors_per_node=1, concurrency=concurrency, sigma=0, task_bytes=150,
-        result_bytes=20, events=0, latency=0, bandwidth=math.inf, seconds_between_failures=1e12,
-        is_in_process=True,
+        nodes=1, seconds=sleep, actors_per_node=1, places_per_actor=concurrency, sigma=0,
+        task_bytes=150, result_bytes=20, events=0, latency=0, bandwidth=math.inf,
+        seconds_between_failures=1e12, is_in_process=True,
     )  # fmt: skip
     in_process = replace(costs, desk_per_call=0, desk_per_rollout=0, desk_per_byte=0)
     simulation = Simulation(cluster, in_process, num_tasks=n)

@@ -1,322 +1,38 @@
-"""A discrete-event model of nanoeval on a Ray cluster, fed with costs measured on the real store.
+"""What limits nanoeval on a Ray cluster: a table of scenarios from `cluster_model.py`.
 
-    python benchmarks/simulate_cluster.py [--json results.json] [--markdown]
+    python benchmarks/simulate_cluster.py [--json results.json] [--set actors_per_node=16 events=10]
     python benchmarks/simulate_cluster.py --measure
 
-The model: the driver's node has one database and one desk, an actor that takes in finished rollouts
-and hands out claims. Every worker actor keeps its share of `concurrency` in flight and has one call
-to the desk under way at most, as `Worker` does; whatever finishes meanwhile rides on its next call.
-A call passes, first come first served, through the network to the driver's node, the desk, the
-driver's recorder, the database, the desk again and the network back. Each of these does one thing
-at a time. Nodes fail; what they held is queued again when their lease has run out.
-
-Left out: what Ray itself needs for scheduling and heartbeats, retries, the end of a run (when
-fewer tasks are left than places), and that stations in one process share Python's lock.
-`--measure` prints the costs of this machine and how well the model foretells two real runs.
+The model runs on the costs that `--measure` found; measuring prints this machine's, and how well
+the model foretells real runs with them. A window of the steady state is simulated; what 100 million
+rollouts take is that rate, carried on.
 """
 
 from __future__ import annotations
 
 import argparse
-import heapq
-import itertools
 import json
 import math
-import random
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from cluster_model import STATIONS, Cluster, Costs, Simulation
 
 NUM_TASKS = 100_000_000
-# In the order in which a call meets them.
-STATIONS = ("network in", "desk", "recorder", "database", "network out")
+WARM_UP = 10.0
+# A window lasts until this many rollouts would have ended, within bounds.
+ROLLOUTS_PER_WINDOW = 3_000
+SHORTEST_WINDOW, LONGEST_WINDOW = 10.0, 4_000.0
 
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of one processor core each, and bytes. The defaults are what `--measure` found."""
-
-    transaction: float = 2.55e-04
-    transaction_per_rollout: float = 1.22e-05
-    # Each transaction counts the claims in flight.
-    transaction_per_claim_held: float = 5.28e-08
-    transaction_per_byte: float = 2.16e-09
-    heartbeat: float = 5.13e-05
-    # A look for executors that died, for each that there is.
-    heartbeat_per_actor: float = 2.47e-05
-    desk_per_call: float = 4.68e-04
-    desk_per_rollout: float = 2.55e-06
-    desk_per_byte: float = 1.00e-10
-    record_per_event: float = 4.36e-06
-    record_per_byte: float = 2.34e-09
-    # On its actor's event loop; and more if it waits for something.
-    worker_per_rollout: float = 1.36e-05
-    worker_per_wait: float = 2.87e-05
-    backup_per_byte: float = 1.07e-09
-    check_per_byte: float = 1.15e-09
-    summary_per_row: float = 2.46e-06
-    # Beside the pickles of task and result.
-    file_bytes_per_rollout: float = 1.72e02
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What is simulated. Durations are log-normal with this mean; 0 means rollouts that return
-    at once. Events are what a rollout records, on their way to the driver's recorder."""
-
-    nodes: int
-    seconds: float
-    actors_per_node: int = 8
-    concurrency: int = 0  # all actors together; 0 = 64 per actor
-    sigma: float = 1.0
-    task_bytes: int = 500
-    result_bytes: int = 2_000
-    events: int = 3
-    event_bytes: int = 1_000
-    batch: int = 1_024
-    poll: float = 0.25
-    lease: float = 15.0
-    is_loss_seen_at_once: bool = False
-    seconds_between_failures: float = 86_400.0  # of one node
-    restart: float = 60.0
-    latency: float = 0.0005
-    bandwidth: float = 1.25e9  # bytes per second each way: 10 Gbit/s
-    # Whether every actor's heartbeat looks for the dead, as worker processes' do, or the driver's.
-    do_all_look_for_dead: bool = False
-    # The one actor is the driver itself: its event loop and the database share Python's lock.
-    is_in_process: bool = False
-
-    @property
-    def num_actors(self) -> int:
-        return self.nodes * self.actors_per_node
-
-    @property
-    def in_flight(self) -> int:
-        return self.concurrency or 64 * self.num_actors
-
-    @property
-    def ideal(self) -> float:
-        """Rollouts per second with nothing but their own durations."""
-        return self.in_flight / self.seconds if self.seconds else math.inf
-
-
-class Station:
-    """Does one thing at a time, first come first served."""
-
-    def __init__(self) -> None:
-        self.busy = 0.0
-        self._free_at = 0.0
-
-    def serve(self, now: float, seconds: float) -> float:
-        """When what arrives `now` and takes `seconds` is done."""
-        self._free_at = max(now, self._free_at) + seconds
-        self.busy += seconds
-        return self._free_at
-
-
-@dataclass(eq=False)
-class Actor:
-    """One life of a worker actor. `held` are its claims as the database knows them."""
-
-    held: set[int] = field(default_factory=set)
-    num_running: int = 0
-    finished: list[int] = field(default_factory=list)
-    num_calls: int = 0
-    is_calling: bool = False
-    is_alive: bool = True
-    is_known_dead: bool = False
-    loop: Station = field(default_factory=Station)
-
-
-# What takes time yields the moment at which it goes on.
-Process = Iterator[float]
-
-
-class Simulation:
-    """A cluster from its steady state on; `num_tasks` (None = endless) starts it from nothing."""
-
-    def __init__(
-        self, cluster: Cluster, costs: Costs, num_tasks: int | None = None, seed: int = 0
-    ) -> None:
-        self.cluster, self.costs, self.num_tasks = cluster, costs, num_tasks
-        self.now = 0.0
-        self.num_ended = self.num_lost = self.num_failures = 0
-        self.times_ended: Counter[int] = Counter()
-        self.stations = {name: Station() for name in STATIONS}
-        self._random = random.Random(seed)
-        self._order = itertools.count()
-        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._next_task = itertools.count()
-        self._requeued: deque[int] = deque()
-        self._num_claimed = 0
-        self._share = math.ceil(cluster.in_flight / cluster.num_actors)
-        for _ in range(cluster.nodes):
-            self._run(self._node())
-        self._run(self._heartbeats(Actor(), is_driver=True))
-
-    def run_until(self, time: float) -> None:
-        """Go on to `time`, or to the end of the last task."""
-        while self._agenda and self._agenda[0][0] <= time and not self.is_done:
-            self.now, _, action = heapq.heappop(self._agenda)
-            action()
-
-    @property
-    def is_done(self) -> bool:
-        return self.num_ended == self.num_tasks
-
-    def _at(self, time: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._agenda, (time, next(self._order), action))
-
-    def _run(self, process: Process) -> None:
-        time = next(process, None)
-        if time is not None:
-            self._at(time, partial(self._run, process))
-
-    def _serve(self, name: str, seconds: float) -> float:
-        return self.stations[name].serve(self.now, seconds)
-
-    def _node(self) -> Process:
-        """The lives of a node: its actors start, work and die together."""
-        is_under_way = self.num_tasks is None
-        while True:
-            actors = [Actor() for _ in range(self.cluster.actors_per_node)]
-            for actor in actors:
-                if is_under_way:
-                    self._put_to_work(actor)
-                self._run(self._heartbeats(actor))
-                self._call(actor)
-            is_under_way = False
-            yield self.now + self._random.expovariate(1 / self.cluster.seconds_between_failures)
-            self.num_failures += 1
-            for actor in actors:
-                actor.is_alive = False
-                self._run(self._bury(actor))
-            yield self.now + self.cluster.restart
-
-    def _bury(self, actor: Actor) -> Process:
-        """What a dead actor held is queued again once its death is seen."""
-        yield self.now + (0.0 if self.cluster.is_loss_seen_at_once else self.cluster.lease)
-        actor.is_known_dead = True
-        self.num_lost += len(actor.held)
-        self._num_claimed -= len(actor.held)
-        self._requeued.extend(sorted(actor.held))
-        actor.held.clear()
-
-    def _heartbeats(self, actor: Actor, is_driver: bool = False) -> Process:
-        interval = min(self.cluster.lease / 4, 2.0)
-        yield self.now + interval * self._random.random()
-        beat = self.costs.heartbeat
-        if is_driver or self.cluster.do_all_look_for_dead:
-            beat += self.costs.heartbeat_per_actor * self.cluster.num_actors
-        while actor.is_alive:
-            next_at = self.now + interval
-            if not is_driver:
-                yield self._serve("desk", self.costs.desk_per_call)
-            yield max(next_at, self._serve("database", beat))
-
-    def _put_to_work(self, actor: Actor) -> None:
-        """Give an actor rollouts that are under way, each at a moment of its life that is drawn.
-
-        The rollouts that one meets at any moment are the longer ones: their log-normal's mu is
-        greater by sigma squared.
-        """
-        for task in self._claim(actor, self._share):
-            rest = self._duration(self.cluster.sigma**2) * self._random.random()
-            self._at(rest, partial(self._finish, actor, task))
-
-    def _duration(self, more_mu: float = 0.0) -> float:
-        if not self.cluster.seconds:
-            return 0.0
-        mu = math.log(self.cluster.seconds) - self.cluster.sigma**2 / 2
-        return self._random.lognormvariate(mu + more_mu, self.cluster.sigma)
-
-    def _finish(self, actor: Actor, task: int) -> None:
-        if actor.is_alive:
-            actor.num_running -= 1
-            actor.finished.append(task)
-            if not actor.is_calling:
-                self._call(actor)
-
-    def _call(self, actor: Actor) -> None:
-        actor.is_calling = True
-        actor.num_calls += 1
-        self._run(self._exchange(actor))
-
-    def _exchange(self, actor: Actor) -> Process:
-        """One call: hand in what is finished and take new claims for the free places."""
-        cluster, costs = self.cluster, self.costs
-        wanted = min(cluster.batch, self._share - actor.num_running)
-        finished, actor.finished = actor.finished, []
-        num_events = len(finished) * cluster.events
-        event_bytes, result_bytes = (
-            num_events * cluster.event_bytes,
-            len(finished) * cluster.result_bytes,
-        )
-        up = result_bytes + event_bytes
-        yield self._serve("network in", up / cluster.bandwidth) + cluster.latency
-        taking_in = costs.desk_per_rollout * len(finished) / 2 + costs.desk_per_byte * up
-        yield self._serve("desk", costs.desk_per_call + taking_in)
-        recording = costs.record_per_event * num_events + costs.record_per_byte * event_bytes
-        yield self._serve("recorder", recording)
-        # What happens in the database happens in the order of arrival, so it may be noted at once.
-        self._commit(actor, finished)
-        claims = self._claim(actor, wanted)
-        down = len(claims) * cluster.task_bytes
-        yield self._serve(
-            "database",
-            costs.transaction
-            + costs.transaction_per_rollout * (len(finished) + len(claims)) / 2
-            + costs.transaction_per_claim_held * self._num_claimed
-            + costs.transaction_per_byte * (result_bytes + down),
-        )
-        giving_out = costs.desk_per_rollout * len(claims) / 2 + costs.desk_per_byte * down
-        yield self._serve("desk", giving_out)
-        yield self._serve("network out", down / cluster.bandwidth) + cluster.latency
-        if actor.is_alive:
-            self._go_on(actor, claims)
-
-    def _commit(self, actor: Actor, finished: list[int]) -> None:
-        """Count what is finished; the late answers of the dead find no claim, and are dropped."""
-        accepted = actor.held.intersection(finished)
-        actor.held -= accepted
-        self._num_claimed -= len(accepted)
-        self.num_ended += len(accepted)
-        if self.num_tasks is not None:
-            self.times_ended.update(accepted)
-
-    def _claim(self, actor: Actor, wanted: int) -> list[int]:
-        free = min(wanted, self.cluster.in_flight - self._num_claimed)
-        claims: list[int] = []
-        while len(claims) < free and not actor.is_known_dead:
-            task = self._requeued.popleft() if self._requeued else next(self._next_task)
-            if self.num_tasks is not None and task >= self.num_tasks:
-                break
-            claims.append(task)
-        actor.held.update(claims)
-        self._num_claimed += len(claims)
-        actor.num_running += len(claims)
-        return claims
-
-    def _go_on(self, actor: Actor, claims: list[int]) -> None:
-        """Start what was claimed. Call again at once, when something ends, or to ask for news."""
-        costs = self.costs
-        cpu = costs.worker_per_rollout + (costs.worker_per_wait if self.cluster.seconds else 0.0)
-        loop = self.stations["database"] if self.cluster.is_in_process else actor.loop
-        for task in claims:
-            begun = loop.serve(self.now, cpu)
-            self._at(begun + self._duration(), partial(self._finish, actor, task))
-        actor.is_calling = False
-        if actor.finished or len(claims) == self.cluster.batch:
-            self._call(actor)
-        else:
-            asked = partial(self._ask_for_news, actor, actor.num_calls)
-            self._at(self.now + self.cluster.poll, asked)
-
-    def _ask_for_news(self, actor: Actor, num_calls: int) -> None:
-        if actor.is_alive and actor.num_calls == num_calls:
-            self._call(actor)
+# What could be changed, each on top of those before it: (field of Costs or Cluster, value).
+CHANGES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "claims in flight are counted in a column": {"transaction_per_claim_held": 0.0},
+    "the desk itself tells that there is no news": {"poll": math.inf},
+    "one caller per node, for all its actors": {"actors_per_node": 1, "places_per_actor": 512},
+    "calls that wait share a transaction": {"do_calls_share_transactions": True},
+}
 
 
 @dataclass(frozen=True)
@@ -344,20 +60,25 @@ class Outlook:
         return age / self.cluster.seconds_between_failures
 
 
-def foretell(
-    cluster: Cluster, costs: Costs, warm_up: float = 10.0, window: float = 10.0, seed: int = 0
-) -> Outlook:
-    """Simulate `window` seconds after `warm_up` seconds."""
-    simulation = Simulation(cluster, costs, seed=seed)
-    simulation.run_until(warm_up)
+def foretell(cluster: Cluster, costs: Costs) -> Outlook:
+    """Simulate a window of the steady state, after a time to get used to each other."""
+    window = min(max(SHORTEST_WINDOW, ROLLOUTS_PER_WINDOW / cluster.ideal), LONGEST_WINDOW)
+    simulation = Simulation(cluster, costs)
+    simulation.run_until(WARM_UP)
     ended = simulation.num_ended
     busy = {name: station.busy for name, station in simulation.stations.items()}
-    simulation.run_until(warm_up + window)
+    simulation.run_until(WARM_UP + window)
     shares = {
         name: min(1.0, (station.busy - busy[name]) / window)
         for name, station in simulation.stations.items()
     }
     return Outlook(cluster, (simulation.num_ended - ended) / window, shares)
+
+
+def changed(cluster: Cluster, costs: Costs, changes: dict[str, Any]) -> tuple[Cluster, Costs]:
+    of_costs = {name: value for name, value in changes.items() if hasattr(costs, name)}
+    of_cluster = {name: value for name, value in changes.items() if name not in of_costs}
+    return replace(cluster, **of_cluster), replace(costs, **of_costs)
 
 
 def table(outlooks: list[Outlook]) -> str:
@@ -395,29 +116,54 @@ def file_text(costs: Costs, cluster: Cluster) -> str:
     return f"The database of {NUM_TASKS:,} rollouts: {size / 2**30:,.0f} GiB; {times}."
 
 
+def changes_table(costs: Costs, changes: dict[str, Any]) -> str:
+    """What each change would reach, rollouts per second; the last line is without any of them."""
+    clusters = [
+        changed(Cluster(nodes, seconds), costs, changes)[0]
+        for nodes in (100, 300)
+        for seconds in (1.0, 60.0)
+    ]
+    names = [f"{cluster.nodes} nodes, {cluster.seconds:.0f} s" for cluster in clusters]
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "--:|" * len(clusters)]
+    so_far: dict[str, Any] = {}
+    for what, change in CHANGES.items():
+        so_far |= change
+        outlooks = [foretell(*changed(cluster, costs, so_far)) for cluster in clusters]
+        cells = [f"{o.per_second:,.0f} ({o.bottleneck or 'rollouts'})" for o in outlooks]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    shards = [foretell(replace(cluster, nodes=10), costs) for cluster in clusters]
+    cells = [
+        f"{shard.per_second * cluster.nodes / 10:,.0f} ({shard.bottleneck or 'rollouts'})"
+        for shard, cluster in zip(shards, clusters, strict=True)
+    ]
+    lines.append(
+        "| none of these, but a run set and a driver per 10 nodes | " + " | ".join(cells) + " |"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="measure this machine's costs")
-    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--json", type=Path, help="also write the scenarios' results here")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of Cluster")
     arguments = parser.parse_args()
-    costs = Costs()
     if arguments.measure:
         from cluster_costs import measure
 
         measure()
         return
-    changes = {
-        name: json.loads(value) for name, _, value in (s.partition("=") for s in arguments.set)
-    }
-    clusters = [
-        replace(Cluster(nodes, seconds), **changes)
+    costs = Costs()
+    pairs = (change.partition("=") for change in arguments.set)
+    changes = {name: json.loads(value) for name, _, value in pairs}
+    outlooks = [
+        foretell(replace(Cluster(nodes, seconds), **changes), costs)
         for nodes in (1, 10, 100, 300)
         for seconds in (1.0, 60.0, 600.0)
     ]
-    outlooks = [foretell(cluster, costs) for cluster in clusters]
-    print(table(outlooks))
-    print(file_text(costs, clusters[0]))
+    print(table(outlooks), file_text(costs, outlooks[0].cluster), sep="\n\n")
+    print("\nWith changes, each on top of those above it:\n")
+    print(changes_table(costs, changes))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(outlook) for outlook in outlooks], indent=2))
 
