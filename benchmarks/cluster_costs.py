@@ -1,6 +1,6 @@
-"""Measures what `simulate_cluster.py` asks for, on the real store, recorder and worker.
+"""Measures what `cluster_model.py` asks for, on the real store, recorder and worker.
 
-Nothing here knows the model but `check_model`, which compares it with two real runs.
+Last it compares the model with real runs in process. Run by `simulate_cluster.py --measure`.
 """
 
 from __future__ import annotations
@@ -46,20 +46,17 @@ MODELLED_RUNS = {
 
 
 @asynccontextmanager
-async def queued(
-    folder: str, n: int, task_bytes: int = 500
-) -> AsyncIterator[tuple[Store, int, int]]:
+async def queued(folder: str, n: int) -> AsyncIterator[tuple[Store, int, int]]:
     """A store with a running eval of `n` tasks; yields it with the ids of executor and eval."""
     path = Path(folder) / f"{time.monotonic_ns()}.db"
     async with Store(path, lease=3600) as store:
         await store.create_run_set(path.stem, "benchmark")
         executor_id = await store.add_executor("driver")
         eval_id = await store.add_eval("benchmark", "none", None, b"")
-        payload = _codec.dumps(b"x" * task_bytes, "a task")
+        payload = _codec.dumps(b"x" * TASK_BYTES, "a task")
         for first in range(0, n, 512):
-            tasks = [
-                NewTask(str(i), 1, 0, None, payload) for i in range(first, min(first + 512, n))
-            ]
+            positions = range(first, min(first + 512, n))
+            tasks = [NewTask(str(i), 1, 0, None, payload) for i in positions]
             await store.add_tasks(eval_id, first, tasks)
         await store.start_eval(eval_id, path.stem, None, None)
         yield store, executor_id, eval_id
@@ -109,7 +106,12 @@ async def store_costs(folder: str) -> dict[str, float]:
 async def file_costs(folder: str, n: int = LARGE) -> dict[str, float]:
     """What a finished database costs to keep, copy, check and read."""
     payload = _codec.dumps(True, "a result")
+    began = time.perf_counter()
     async with queued(folder, n) as (store, executor_id, eval_id):
+        queueing = time.perf_counter() - began
+        began = time.perf_counter()
+        await store.refuse_duplicates(eval_id)
+        looking = time.perf_counter() - began
         claims = (await store.exchange(executor_id, eval_id, [], 1024)).claims
         while claims:
             finishes = finishes_of(claims, payload)
@@ -123,6 +125,8 @@ async def file_costs(folder: str, n: int = LARGE) -> dict[str, float]:
     copying = seconds_of(lambda: backup(store.path, store.path.with_suffix(".copy")))
     checking = seconds_of(lambda: check_database(store.path))
     return {
+        "queue_per_row": queueing / n,
+        "duplicates_per_row": looking / n,
         "backup_per_byte": copying / size,
         "check_per_byte": checking / size,
         "summary_per_row": summary / n,
@@ -161,17 +165,18 @@ def seconds_of(work: Callable[[], object]) -> float:
 def desk_costs() -> dict[str, float]:
     """What the desk unpickles and pickles: per rollout, and per byte of payload."""
 
-    def seconds(payload: bytes, n: int = 1024) -> float:
-        claims = [Claim(i, 1, 1, str(i), 1, 0, 0, b"x" * 500) for i in range(n)]
-        handed_in = pickle.dumps(finishes_of(claims, payload), 5)
-        return (
-            min(
-                seconds_of(lambda: pickle.loads(handed_in))
-                + seconds_of(lambda: pickle.dumps(claims, 5))
-                for _ in range(20)
-            )
-            / n
-        )
+    def seconds(size: int, n: int = 1024) -> float:
+        claims = [Claim(i, 1, 1, str(i), 1, 0, 0, os.urandom(TASK_BYTES)) for i in range(n)]
+        finishes = finishes_of(claims, b"")
+        for finish in finishes:
+            finish.payload = os.urandom(size)  # one for all would be pickled once
+        handed_in = pickle.dumps(finishes, 5)
+
+        def pass_on() -> None:
+            pickle.loads(handed_in)
+            pickle.dumps(claims, 5)
+
+        return min(seconds_of(pass_on) for _ in range(20)) / n
 
     small, large = seconds(20), seconds(20_000)
     return {"desk_per_rollout": small, "desk_per_byte": max(0.0, large - small) / 20_000}

@@ -44,13 +44,15 @@ class Costs:
     # A look for executors that died, for each that there is.
     heartbeat_per_actor: float = 2.47e-05
     desk_per_call: float = 4.68e-04
-    desk_per_rollout: float = 2.55e-06
-    desk_per_byte: float = 1.00e-10
+    desk_per_rollout: float = 3.16e-06
+    desk_per_byte: float = 1.40e-10
     record_per_event: float = 4.36e-06
     record_per_byte: float = 2.34e-09
     # On its actor's event loop; and more if it waits for something.
     worker_per_rollout: float = 1.36e-05
     worker_per_wait: float = 2.87e-05
+    queue_per_row: float = 4.80e-06
+    duplicates_per_row: float = 5.80e-07
     backup_per_byte: float = 1.07e-09
     check_per_byte: float = 1.15e-09
     summary_per_row: float = 2.46e-06
@@ -147,7 +149,7 @@ class Simulation:
     ) -> None:
         self.cluster, self.costs, self.num_tasks = cluster, costs, num_tasks
         self.now = 0.0
-        self.num_ended = self.num_lost = self.num_failures = 0
+        self.num_ended = self.num_lost = self.num_failures = self.num_calls = 0
         self.times_ended: Counter[int] = Counter()
         self.stations = {name: Station() for name in STATIONS}
         self._random = random.Random(seed)
@@ -166,6 +168,8 @@ class Simulation:
         while self._agenda and self._agenda[0][0] <= time and not self.is_done:
             self.now, _, action = heapq.heappop(self._agenda)
             action()
+        if not self.is_done:
+            self.now = time
 
     @property
     def is_done(self) -> bool:
@@ -247,6 +251,7 @@ class Simulation:
     def _call(self, actor: Actor) -> None:
         actor.is_calling = True
         actor.num_calls += 1
+        self.num_calls += 1
         self._run(self._exchange(actor))
 
     def _exchange(self, actor: Actor) -> Process:

@@ -20,10 +20,10 @@ from typing import Any
 from cluster_model import STATIONS, Cluster, Costs, Simulation
 
 NUM_TASKS = 100_000_000
-WARM_UP = 10.0
-# A window lasts until this many rollouts would have ended, within bounds.
-ROLLOUTS_PER_WINDOW = 3_000
-SHORTEST_WINDOW, LONGEST_WINDOW = 10.0, 4_000.0
+# How long the model runs before its window and in it, at least: seconds, calls of every actor,
+# rollouts. Where the calls queue, short and long ones alternate, so that it takes several of each.
+WARM_UP = (10.0, 4, 0)
+WINDOW = (10.0, 12, 3_000)
 
 # What could be changed, each on top of those before it: (field of Costs or Cluster, value).
 CHANGES: dict[str, dict[str, Any]] = {
@@ -60,14 +60,26 @@ class Outlook:
         return age / self.cluster.seconds_between_failures
 
 
+def go_on(simulation: Simulation, seconds: float, calls: int, rollouts: int) -> None:
+    until = simulation.now + seconds
+    num_calls = simulation.num_calls + calls * simulation.cluster.num_actors
+    num_ended = simulation.num_ended + rollouts
+    while (
+        simulation.now < until
+        or simulation.num_calls < num_calls
+        or simulation.num_ended < num_ended
+    ):
+        simulation.run_until(simulation.now + 1.0)
+
+
 def foretell(cluster: Cluster, costs: Costs) -> Outlook:
-    """Simulate a window of the steady state, after a time to get used to each other."""
-    window = min(max(SHORTEST_WINDOW, ROLLOUTS_PER_WINDOW / cluster.ideal), LONGEST_WINDOW)
+    """Simulate a window of the steady state."""
     simulation = Simulation(cluster, costs)
-    simulation.run_until(WARM_UP)
-    ended = simulation.num_ended
+    go_on(simulation, *WARM_UP)
+    began, ended = simulation.now, simulation.num_ended
     busy = {name: station.busy for name, station in simulation.stations.items()}
-    simulation.run_until(WARM_UP + window)
+    go_on(simulation, *WINDOW)
+    window = simulation.now - began
     shares = {
         name: min(1.0, (station.busy - busy[name]) / window)
         for name, station in simulation.stations.items()
@@ -79,6 +91,10 @@ def changed(cluster: Cluster, costs: Costs, changes: dict[str, Any]) -> tuple[Cl
     of_costs = {name: value for name, value in changes.items() if hasattr(costs, name)}
     of_cluster = {name: value for name, value in changes.items() if name not in of_costs}
     return replace(cluster, **of_cluster), replace(costs, **of_costs)
+
+
+def shown(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
 
 
 def table(outlooks: list[Outlook]) -> str:
@@ -93,8 +109,8 @@ def table(outlooks: list[Outlook]) -> str:
             str(o.cluster.nodes),
             f"{o.cluster.seconds:.0f} s",
             f"{o.cluster.in_flight:,}",
-            f"{o.cluster.ideal:,.0f}",
-            f"{o.per_second:,.0f} ({o.of_ideal:.0%})",
+            shown(o.cluster.ideal),
+            f"{shown(o.per_second)} ({o.of_ideal:.0%})",
             *(f"{o.shares[name]:.0%}" for name in STATIONS),
             o.bottleneck or "rollouts",
             f"{o.wasted:.2%}",
@@ -107,13 +123,15 @@ def table(outlooks: list[Outlook]) -> str:
 def file_text(costs: Costs, cluster: Cluster) -> str:
     """What the one database of 100 million rollouts asks for, from costs per byte and row."""
     size = NUM_TASKS * (costs.file_bytes_per_rollout + cluster.task_bytes + cluster.result_bytes)
-    hours = {
+    seconds = {
+        "queueing": NUM_TASKS * costs.queue_per_row,
+        "the look for duplicates": NUM_TASKS * costs.duplicates_per_row,
         "a backup": size * costs.backup_per_byte,
-        "the check at resume": size * costs.check_per_byte,
-        "reading all results for the summary": NUM_TASKS * costs.summary_per_row,
+        "the check before a resume": size * costs.check_per_byte,
+        "reading the results for the summary": NUM_TASKS * costs.summary_per_row,
     }
-    times = ", ".join(f"{what} {seconds / 3600:.1f} h" for what, seconds in hours.items())
-    return f"The database of {NUM_TASKS:,} rollouts: {size / 2**30:,.0f} GiB; {times}."
+    times = ", ".join(f"{what} {value / 60:.0f} min" for what, value in seconds.items())
+    return f"{NUM_TASKS:,} rollouts in one file: {size / 2**30:,.0f} GiB; {times}."
 
 
 def changes_table(costs: Costs, changes: dict[str, Any]) -> str:
