@@ -7,10 +7,12 @@ needs the network); nanoeval is installed anew from this checkout each time. The
 each in a fresh process, by the programs in `benchmarks/peers/`, which say how each is set up. All
 their files go to one folder in memory.
 
-A tool is compared by its seconds from the making of the questions to the summary: without its
-imports, which would tell against the larger tools in runs as short as these. The seconds of the
-whole process are shown too. `--json` keeps what the file has of workloads not measured now, so that
-workloads can be measured one at a time; `--only` without names then prints the whole.
+A tool is compared by its seconds from the making of the questions to the summary, after a warm-up
+of one question: without its imports, which would tell against the larger tools in runs as short as
+these. The seconds of the whole process, warm-up included, are shown too.
+
+`--json` keeps what the file has of workloads not measured now, so that workloads can be measured
+one at a time; `--only` without names then prints the whole.
 """
 
 from __future__ import annotations
@@ -139,14 +141,16 @@ def environment(tool: str, folder: Path) -> dict[str, str]:
 
 def measure(python: Path, tool: str, workload: Workload, url: str) -> dict[str, float]:
     """Run a workload in a fresh process: seconds of wall and CPU, peak memory in MiB."""
-    order = json.dumps(
-        {**asdict(workload), "workload": workload.name, "url": url, "saves": TOOLS[tool].saves}
-    )
+    # One question, so that nothing is imported or built for the first time on the clock.
+    warm_up = {"n": 1, "workload": "http" if workload.name == "http" else "noop"}
+    order = asdict(workload) | {"workload": workload.name, "url": url, "warm_up": warm_up}
+    order["saves"] = TOOLS[tool].saves
+    program = HERE / "peers" / TOOLS[tool].program
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as name, tempfile.TemporaryFile("w+") as said:
         started_at = time.perf_counter()
         process = subprocess.Popen(
-            ["timeout", f"{TIMEOUT:.0f}", python, HERE / "peers" / TOOLS[tool].program, order],
+            ["timeout", f"{TIMEOUT:.0f}", python, program, json.dumps(order)],
             env=environment(tool, Path(name)),
             cwd=name,
             stdin=subprocess.DEVNULL,
@@ -241,7 +245,7 @@ def peers_ahead(results: dict[str, Any]) -> list[str]:
     """A line for each workload and figure of time in which a peer beats nanoeval."""
     ahead = []
     for key, found in results["workloads"].items():
-        for tool in found.keys() - {OURS}:
+        for tool in [tool for tool in found if tool != OURS]:
             for name in ("seconds", "process_seconds", "cpu_seconds", "memory_mib"):
                 theirs, ours = found[tool][name], found[OURS][name]
                 if theirs < ours:

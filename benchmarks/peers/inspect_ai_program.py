@@ -1,8 +1,7 @@
 """One workload through inspect-ai; `peers.py` runs this with inspect-ai's own Python.
 
-    python inspect_ai_program.py '{"workload": "noop", "n": 100, "in_flight": 100, "reply": ""}'
-
-Prints its seconds without imports, as JSON. The log goes to the folder that it is started in.
+`peers.py` says as JSON what to run. Prints its seconds, after a warm-up run. The log goes to the
+folder that it is started in.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import asyncio
 import json
 import sys
 import time
+from typing import Any
 
 from inspect_ai import Task, eval
 from inspect_ai.dataset import MemoryDataset, Sample
@@ -51,10 +51,9 @@ def is_answered(wanted: str) -> Scorer:
     return score
 
 
-def main() -> None:
-    order = json.loads(sys.argv[1])
+def run(order: dict[str, Any]) -> None:
+    """Run the workload and check that all questions were answered."""
     n, is_http = order["n"], order["workload"] == "http"
-    started_at = time.perf_counter()
     task = Task(
         dataset=MemoryDataset([Sample(id=i, input=f"Question {i}?") for i in range(n)]),
         solver={"noop": no_op, "sleep": sleep, "http": generate}[order["workload"]](),
@@ -83,12 +82,18 @@ def main() -> None:
         log_level="error",
         ctl_server=False,
     )
-    seconds = time.perf_counter() - started_at
     assert log.status == "success", log.error
     assert log.results is not None
     assert log.results.completed_samples == n, log.results
     assert log.results.scores[0].metrics["accuracy"].value == 1, log.results
-    print(json.dumps({"seconds": seconds}))
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    run({**order, **order["warm_up"]})
+    started_at = time.perf_counter()
+    run(order)
+    print(json.dumps({"seconds": time.perf_counter() - started_at}))
 
 
 if __name__ == "__main__":

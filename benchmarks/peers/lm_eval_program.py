@@ -1,11 +1,8 @@
 """One workload through lm-evaluation-harness; `peers.py` runs this with its own Python.
 
-    python lm_eval_program.py '{"workload": "noop", "n": 100, "in_flight": 100, "reply": "",
-        "saves": false}'
-
-Prints its seconds without imports, as JSON. By default it writes nothing and keeps no samples; with
-`"saves": true` it writes its results and one line per sample to the folder that it is started in,
-as its command does with `--output_path` and `--log_samples`.
+`peers.py` says as JSON what to run. Prints its seconds, after a warm-up run. By default it writes
+nothing and keeps no samples; with `saves` it writes its results and one line per sample to the
+folder that it is started in, as its command does with `--output_path` and `--log_samples`.
 """
 
 from __future__ import annotations
@@ -57,11 +54,9 @@ def task_of(n: int, wanted: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    order = json.loads(sys.argv[1])
+def run(order: dict[str, Any]) -> None:
+    """Run the workload and check that all questions were answered."""
     is_http = order["workload"] == "http"
-    logging.disable(logging.WARNING)
-    started_at = time.perf_counter()
     model = (
         LocalChatCompletion(
             model="scripted",
@@ -85,10 +80,17 @@ def main() -> None:
         tracker = EvaluationTracker(output_path="saved")
         tracker.save_results_aggregated(results, results["samples"])
         tracker.save_results_samples("questions", results["samples"]["questions"])
-    seconds = time.perf_counter() - started_at
     assert results["results"]["questions"]["acc,none"] == 1
     assert results["n-samples"]["questions"]["effective"] == order["n"]
-    print(json.dumps({"seconds": seconds}))
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    logging.disable(logging.WARNING)
+    run({**order, **order["warm_up"]})
+    started_at = time.perf_counter()
+    run(order)
+    print(json.dumps({"seconds": time.perf_counter() - started_at}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """One workload through nanoeval; `peers.py` runs this with the Python that has it installed.
 
-    python nanoeval_program.py '{"workload": "noop", "n": 100, "in_flight": 100, "reply": ""}'
-
-Prints its seconds without imports, as JSON. Files go where the environment says.
+`peers.py` says as JSON what to run. Prints its seconds, after a warm-up run. Files go where the
+environment says.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ class Questions(Eval[Question, bool]):
         return summarize_correctness(results)
 
 
-async def main() -> None:
-    order = json.loads(sys.argv[1])
-    started_at = time.perf_counter()
+async def run(order: dict[str, Any]) -> None:
+    """Run the workload and check that all questions were answered."""
     model = None
     if order["workload"] == "http":
         params = {"temperature": 0, "max_tokens": 512}
@@ -81,10 +79,16 @@ async def main() -> None:
     # All else by default: JSON records, results in a database, backups of that.
     spec = EvalSpec(eval=questions, runner=RunnerArgs(concurrency=order["in_flight"]))
     summary = await nanoeval.run(spec)
-    seconds = time.perf_counter() - started_at
     assert summary["accuracy"] == 1, summary
     assert summary["num_tasks"] == order["n"], summary
-    print(json.dumps({"seconds": seconds}))
+
+
+async def main() -> None:
+    order = json.loads(sys.argv[1])
+    await run({**order, **order["warm_up"]})
+    started_at = time.perf_counter()
+    await run(order)
+    print(json.dumps({"seconds": time.perf_counter() - started_at}))
 
 
 if __name__ == "__main__":
