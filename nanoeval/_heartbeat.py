@@ -10,15 +10,16 @@ from typing import Self
 
 from nanoeval._database_file import connect, in_transaction
 from nanoeval._process_identity import ProcessIdentity
-from nanoeval._store import beat
+from nanoeval._store import beat, reap
 
 
 class Heartbeat:
-    """Renews an executor's lease from a thread of its own, and reaps executors that died.
+    """Renews an executor's lease from a thread of its own.
 
     The thread has its own connection, so that neither a blocked event loop nor a long transaction
-    of the writing thread costs the lease. `on_reaped` is called, on that thread, with each dead
-    executor's process and the number of its tasks that went back to the queue.
+    of the writing thread costs the lease. With `on_reaped` it also reaps executors that died: one
+    per run set should, since looking costs more the more there are. `on_reaped` is called, on that
+    thread, with each dead executor's process and how many of its tasks went back to the queue.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class Heartbeat:
         path: Path,
         executor_id: int,
         lease: float,
-        on_reaped: Callable[[ProcessIdentity, int], None],
+        on_reaped: Callable[[ProcessIdentity, int], None] | None = None,
     ) -> None:
         self._path, self._executor_id, self._lease = path, executor_id, lease
         self._on_reaped = on_reaped
@@ -47,12 +48,15 @@ class Heartbeat:
         while not self._stop.wait(interval):
             try:
                 db = db or connect(self._path)
-                for process, requeued in in_transaction(db, self._beat):
-                    self._on_reaped(process, requeued)
+                reaped = in_transaction(db, self._beat)
+                if self._on_reaped is not None:
+                    for process, requeued in reaped:
+                        self._on_reaped(process, requeued)
             except sqlite3.Error:
                 continue  # the writing connection meets the same trouble and reports it
         if db is not None:
             db.close()
 
     def _beat(self, db: sqlite3.Connection) -> list[tuple[ProcessIdentity, int]]:
-        return beat(db, self._executor_id, self._lease)
+        beat(db, self._executor_id, self._lease)
+        return [] if self._on_reaped is None else reap(db, losses=1)

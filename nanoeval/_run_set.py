@@ -94,7 +94,9 @@ async def join_run_set(path: Path, role: str) -> AsyncIterator[RunSet]:
         executor_id = await store.add_executor(role)
         # What died before this process came is no sign of a rollout that kills its process.
         await store.reap(losses=0)
-        with Heartbeat(path, executor_id, store.lease, _tell_of_death):
+        # Workers end with their driver: what happens to them is its business.
+        on_reaped = _tell_of_death if role == "driver" else None
+        with Heartbeat(path, executor_id, store.lease, on_reaped):
             try:
                 run_set = RunSet(path.stem, store, executor_id)
                 with diagnosing(path, executor_id, run_set.rollouts_in_flight):

@@ -1,7 +1,7 @@
 """The tables of a run set's database and their numbered migrations. Knows no queries.
 
-A migration runs in one transaction and is never edited after it has shipped; `user_version` holds
-the number of the last one applied.
+A migration is never edited after it has shipped. All that a file lacks run in one transaction, so
+that nobody sees it half way; `user_version` holds the number of the last one applied.
 """
 
 from __future__ import annotations
@@ -142,7 +142,12 @@ FROM task AS t
     LEFT JOIN outcome_payload AS r ON r.seq = t.outcome_seq;
 """
 
-MIGRATIONS = (_INITIAL,)
+_COUNT_CLAIMS = """
+ALTER TABLE eval ADD COLUMN num_running INTEGER NOT NULL DEFAULT 0;
+UPDATE eval SET num_running = (SELECT count(*) FROM claim AS c WHERE c.eval_id = eval.id);
+"""
+
+MIGRATIONS = (_INITIAL, _COUNT_CLAIMS)
 
 
 class NewerSchemaError(RuntimeError):
@@ -158,26 +163,26 @@ def library_version() -> str:
 
 
 def migrate(db: sqlite3.Connection, path: str) -> None:
-    """Bring the database to this version's schema, step by step.
+    """Bring the database to this version's schema.
 
     Raises NewerSchemaError for a file of a later schema, naming the version that wrote it.
     """
-    (found,) = db.execute("PRAGMA user_version").fetchone()
     refuse_newer(db, path)
-    for number, script in enumerate(MIGRATIONS[found:], start=found + 1):
-        # Another process may be at the same step; whoever gets the lock second finds it done.
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            (current,) = db.execute("PRAGMA user_version").fetchone()
-            if current < number:
-                for statement in script.split(";\n"):
-                    if statement.strip():
-                        db.execute(statement)
-                db.execute(f"PRAGMA user_version = {number}")
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
+    if db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        # Another process may do the same; whoever gets the lock second finds it done.
+        (found,) = db.execute("PRAGMA user_version").fetchone()
+        for script in MIGRATIONS[found:]:
+            for statement in script.split(";\n"):
+                if statement.strip():
+                    db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
 
 
 def refuse_newer(db: sqlite3.Connection, path: str) -> None:

@@ -79,6 +79,10 @@ UPDATE task SET state = 0, losses = losses + :losses
 WHERE id IN (
     SELECT c.task_id FROM claim AS c
     WHERE c.executor_id = :executor_id AND (:eval_id IS NULL OR c.eval_id = :eval_id))"""
+COUNT_PUT_BACK = """
+UPDATE eval SET num_running = num_running - (
+    SELECT count(*) FROM claim AS c WHERE c.executor_id = :executor_id AND c.eval_id = eval.id)
+WHERE :eval_id IS NULL OR id = :eval_id"""
 DROP_CLAIMS = """
 DELETE FROM claim WHERE executor_id = :executor_id AND (:eval_id IS NULL OR eval_id = :eval_id)"""
 
@@ -122,8 +126,7 @@ DELETE_EVAL = "DELETE FROM eval WHERE id = :eval_id"
 
 PROGRESS = """
 SELECT e.state, e.concurrency, e.num_tasks, e.num_scored, e.num_failed, e.num_retried,
-    e.num_unexpected, e.num_with_score, e.score_sum,
-    (SELECT count(*) FROM claim AS c WHERE c.eval_id = e.id) AS num_running
+    e.num_unexpected, e.num_with_score, e.score_sum, e.num_running
 FROM eval AS e WHERE e.id = :eval_id"""
 LAST_OUTCOME = "SELECT coalesce(max(o.seq), 0) FROM outcome AS o"
 OUTCOMES_SINCE = "SELECT o.seq FROM outcome AS o WHERE o.seq > :last_seq ORDER BY o.seq"
@@ -165,7 +168,8 @@ SELECT count(*), json_group_array(d.id),
 FROM due AS d WHERE d.bytes - d.size < :batch_bytes"""
 
 # Claims what DUE_TASKS found: one call of `take`, below.
-TAKE = "INSERT INTO take (executor_id, now, ids) VALUES (:executor_id, :now, :ids)"
+TAKE = """
+INSERT INTO take (executor_id, eval_id, now, ids) VALUES (:executor_id, :eval_id, :now, :ids)"""
 
 # Called by an INSERT, whose values are NEW; a view that is never read gives the call its columns.
 # They belong to the connection, not to the file.
@@ -200,18 +204,22 @@ CREATE TEMP TRIGGER on_hand_in INSTEAD OF INSERT ON hand_in BEGIN
     UPDATE task SET state = o.state, outcome_seq = o.seq
     FROM outcome AS o WHERE o.seq > NEW.last_seq AND task.id = o.task_id;
 
-    UPDATE eval SET num_scored = num_scored + n.scored, num_failed = num_failed + n.failed,
+    UPDATE eval SET num_running = num_running - n.ended,
+        num_scored = num_scored + n.scored, num_failed = num_failed + n.failed,
         num_retried = num_retried + n.retried, num_unexpected = num_unexpected + n.unexpected,
         num_with_score = num_with_score + n.with_score, score_sum = score_sum + n.sum
     FROM (
-        SELECT coalesce(sum(o.state = 2), 0) AS scored, coalesce(sum(o.state = 4), 0) AS failed,
+        SELECT count(*) AS ended,
+            coalesce(sum(o.state = 2), 0) AS scored, coalesce(sum(o.state = 4), 0) AS failed,
             coalesce(sum(o.state = 3), 0) AS retried,
             coalesce(sum(o.is_unexpected), 0) AS unexpected,
             count(o.score) AS with_score, coalesce(sum(o.score), 0) AS sum
         FROM outcome AS o WHERE o.seq > NEW.last_seq) AS n
     WHERE id = NEW.eval_id;
 END""",
-    "CREATE TEMP VIEW take AS SELECT NULL AS executor_id, NULL AS now, NULL AS ids",
+    """
+CREATE TEMP VIEW take AS
+SELECT NULL AS executor_id, NULL AS eval_id, NULL AS now, NULL AS ids""",
     """
 CREATE TEMP TRIGGER on_take INSTEAD OF INSERT ON take BEGIN
     UPDATE task SET state = 1, claims = claims + 1
@@ -220,6 +228,9 @@ CREATE TEMP TRIGGER on_take INSTEAD OF INSERT ON take BEGIN
     INSERT INTO claim (task_id, eval_id, executor_id, number, started_at)
     SELECT t.id, t.eval_id, NEW.executor_id, t.claims, NEW.now
     FROM json_each(NEW.ids) AS j JOIN task AS t ON t.id = j.value;
+
+    UPDATE eval SET num_running = num_running + json_array_length(NEW.ids)
+    WHERE id = NEW.eval_id;
 END""",
 )
 
@@ -438,7 +449,7 @@ class Store:
 
     async def reap(self, losses: int) -> None:
         """End executors that are dead or past their lease; `losses` is added to their tasks."""
-        await self._write(partial(_reap, losses=losses))
+        await self._write(partial(reap, losses=losses))
 
     async def live_executors(self) -> list[tuple[int, str, ProcessIdentity]]:
         """(id, role, process) of the executors that have neither ended nor been found dead."""
@@ -642,6 +653,7 @@ def _put_back(
     """Requeue what an executor has claimed, of one eval or of all; returns how many tasks."""
     row = {"executor_id": executor_id, "eval_id": eval_id, "losses": losses}
     db.execute(PUT_BACK_CLAIMED, row)
+    db.execute(COUNT_PUT_BACK, row)
     return db.execute(DROP_CLAIMS, row).rowcount
 
 
@@ -652,16 +664,17 @@ def _live_executors(db: sqlite3.Connection) -> list[tuple[int, str, ProcessIdent
     ]
 
 
-def beat(
-    db: sqlite3.Connection, executor_id: int, lease: float
-) -> list[tuple[ProcessIdentity, int]]:
-    """Renew an executor's lease and reap the others that died, in the caller's transaction."""
+def beat(db: sqlite3.Connection, executor_id: int, lease: float) -> None:
+    """Renew an executor's lease, in the caller's transaction."""
     now = time.time()
     db.execute(BEAT, {"executor_id": executor_id, "now": now, "lease_until": now + lease})
-    return _reap(db, losses=1)
 
 
-def _reap(db: sqlite3.Connection, losses: int) -> list[tuple[ProcessIdentity, int]]:
+def reap(db: sqlite3.Connection, losses: int) -> list[tuple[ProcessIdentity, int]]:
+    """End the executors that died or let their lease run out, in the caller's transaction.
+
+    Returns the process of each, and how many of its tasks went back to the queue.
+    """
     reaped = []
     for executor_id, _, process, lease_until in _live_executors(db):
         if process.is_known_dead():

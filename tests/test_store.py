@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sqlite3
 import tempfile
 import time
 from collections import Counter
@@ -112,6 +113,22 @@ async def test_retries_wait_until_they_are_due(tmp_path: Path) -> None:
         await asyncio.sleep(0.35)
         (claim,) = (await store.exchange(executor_id, eval_id, [], 1)).claims()
         assert (claim.retry_idx, claim.payload) == (1, b"again")
+
+
+async def test_a_database_of_an_earlier_version_is_brought_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run begun before an upgrade could not be resumed after it, or would exceed its limit."""
+    path = tmp_path / "s.db"
+    async with open_store(path, 6, concurrency=4) as (store, eval_id, executor_id):
+        await store.exchange(executor_id, eval_id, [], 3)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("ALTER TABLE eval DROP COLUMN num_running")
+        db.execute("PRAGMA user_version = 1")
+    async with Store(path, 60) as store:
+        assert (await store.progress(eval_id)).num_running == 3
+        other = await store.add_executor("worker")
+        assert (await store.exchange(other, eval_id, [], 3)).num_claims == 1
 
 
 async def test_duplicates_are_named(tmp_path: Path) -> None:
