@@ -156,7 +156,7 @@ SELECT :id, p.preview, :payload FROM task_payload AS p WHERE p.task_id = :task_i
 DUE_TASKS = """
 WITH due AS (
     SELECT t.id, t.claims + 1 AS number, t.question_id, t.attempt_id, t.retry_idx, t.losses,
-        p.payload, length(p.payload) AS size,
+        length(p.payload) AS size,
         sum(length(p.payload)) OVER (ORDER BY t.not_before, t.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM task AS t JOIN task_payload AS p ON p.task_id = t.id
     WHERE t.eval_id = :eval_id AND t.state = 0 AND t.not_before <= :now
@@ -164,8 +164,9 @@ WITH due AS (
 SELECT count(*), json_group_array(d.id),
     json_group_array(json_array(
         d.id, d.number, d.question_id, d.attempt_id, d.retry_idx, d.losses, d.size)),
-    CAST(group_concat(d.payload, '') AS BLOB)
-FROM due AS d WHERE d.bytes - d.size < :batch_bytes"""
+    CAST(group_concat(p.payload, '') AS BLOB)
+FROM due AS d CROSS JOIN task_payload AS p ON p.task_id = d.id
+WHERE d.bytes - d.size < :batch_bytes"""
 
 # Claims what DUE_TASKS found: one call of `take`, below.
 TAKE = """
@@ -254,13 +255,13 @@ SELECT json_group_array(c.seq) FROM (
     SELECT o.seq FROM outcome AS o JOIN task AS t ON t.id = o.task_id
     WHERE o.eval_id = :eval_id AND o.state IN (2, 4) ORDER BY t.position) AS c"""
 
+# A CROSS JOIN keeps to the order of :seqs; to ORDER BY it would sort all pickles in memory.
 READ_RESULTS = """
 SELECT p.payload, r.payload
 FROM json_each(:seqs) AS j
-    JOIN outcome AS o ON o.seq = j.value
-    JOIN outcome_payload AS r ON r.seq = o.seq
-    JOIN task_payload AS p ON p.task_id = o.task_id
-ORDER BY j.key"""
+    CROSS JOIN outcome AS o ON o.seq = j.value
+    CROSS JOIN outcome_payload AS r ON r.seq = o.seq
+    CROSS JOIN task_payload AS p ON p.task_id = o.task_id"""
 
 
 class DuplicateTaskError(ValueError):
