@@ -32,7 +32,7 @@ from nanoeval._worker import Job, Worker
 from nanoeval.json_recorder import JsonRecorder
 from nanoeval.recorder_protocol import BasicRunSpec
 from nanoeval.recorders import dummy_recorder
-from nanoeval.setup import switch_threads_quickly
+from nanoeval.setup import tune_interpreter
 
 LARGE = 100_000
 TASK_BYTES = 500
@@ -303,7 +303,7 @@ def foretold_rate(costs: Costs, n: int, sleep: float, concurrency: int) -> float
 
 def measure() -> None:
     """Measure and print all costs, and the model beside real runs with them."""
-    switch_threads_quickly()  # as nanoeval_entrypoint does
+    tune_interpreter()  # as nanoeval_entrypoint does
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         os.environ |= {f"NANOEVAL_{what}_DIR": f"{folder}/{what}" for what in ("DATABASE", "ROOT")}

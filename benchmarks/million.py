@@ -30,7 +30,7 @@ from overhead import Noop, machine, resident_bytes
 
 from nanoeval import EvalSpec, RunnerArgs, Task, run
 from nanoeval.recorders import dummy_recorder
-from nanoeval.setup import switch_threads_quickly
+from nanoeval.setup import tune_interpreter
 
 MIB = 2**20
 MILLION = 1_000_000
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        switch_threads_quickly()  # as nanoeval_entrypoint does
+        tune_interpreter()  # as nanoeval_entrypoint does
         print(json.dumps(run_once(*CASES[arguments.measure])))
         return
     print(machine())

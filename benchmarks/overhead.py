@@ -30,7 +30,7 @@ import chz
 
 from nanoeval import Eval, EvalSpec, RunnerArgs, Task, run
 from nanoeval.recorders import dummy_recorder, json_recorder
-from nanoeval.setup import switch_threads_quickly
+from nanoeval.setup import tune_interpreter
 
 FLOOR_BATCH = 256
 
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; the median counts")
     arguments = parser.parse_args()
-    switch_threads_quickly()  # as nanoeval_entrypoint does
+    tune_interpreter()  # as nanoeval_entrypoint does
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NANOEVAL_LOG_DIR"] = f"{folder}/records"
         os.environ["NANOEVAL_ROOT_DIR"] = f"{folder}/root"

@@ -23,7 +23,7 @@ from nanoeval.setup import (
     nanoeval_logging,
     raise_file_limit,
     shared_resource,
-    switch_threads_quickly,
+    tune_interpreter,
 )
 
 
@@ -129,7 +129,7 @@ async def _main(connection: socket.socket) -> None:
 
 if __name__ == "__main__":
     raise_file_limit()
-    switch_threads_quickly()
+    tune_interpreter()
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         os.set_inheritable(connection.fileno(), False)
         asyncio.run(_main(connection))
