@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -141,8 +142,11 @@ class Watchdog:
         executor_id: int,
         rollouts_in_flight: Callable[[], list[tuple[str, float]]],
         stall_after: float,
+        note: Callable[..., None] | None = None,
     ) -> None:
-        self._path, self._executor_id = path, executor_id
+        """`note` takes what `_store.diagnose` takes, where the database is out of reach."""
+        self._path = path
+        self._diagnose = note or partial(diagnose, path, executor_id)
         self._rollouts_in_flight = rollouts_in_flight
         self._stall_after = stall_after
         self._loop = asyncio.get_running_loop()
@@ -283,7 +287,7 @@ class Watchdog:
 
     def _note(self, **counts: Any) -> None:
         try:
-            diagnose(self._path, self._executor_id, **counts)
+            self._diagnose(**counts)
         except (sqlite3.Error, OSError):
             return  # diagnosis is never what ends a run; the writing connection reports the trouble
 

@@ -122,9 +122,9 @@ def _bytes_as_text(value: bytes) -> str:
         return f"data:application/octet-stream;base64,{base64.b64encode(value).decode()}"
 
 
-def utc_timestamp() -> str:
-    """This moment in UTC as ISO 8601, to the microsecond."""
-    now = time.time()
+def utc_timestamp(now: float | None = None) -> str:
+    """`now`, seconds since the epoch, in UTC as ISO 8601, to the microsecond; None = this moment."""
+    now = time.time() if now is None else now
     return f"{_utc_second(int(now))}.{int(now % 1 * 1e6):06d}+00:00"
 
 

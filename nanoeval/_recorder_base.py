@@ -8,6 +8,8 @@ from typing import Any
 from nanoeval.recorder_protocol import RecorderProtocol
 
 current_recorder: ContextVar[RecorderProtocol] = ContextVar("nanoeval_recorder")
+# When an event happened, where it is recorded later than that: seconds since the epoch.
+event_time: ContextVar[float | None] = ContextVar("nanoeval_event_time", default=None)
 _current_rollout: ContextVar[RolloutScope | None] = ContextVar("nanoeval_rollout", default=None)
 
 

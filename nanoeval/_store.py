@@ -438,9 +438,22 @@ class Store:
         row = await self._read(lambda db: db.execute(GET_DEFINITIONS).fetchone())
         return None if row is None else row[0]
 
-    async def add_executor(self, role: str) -> int:
-        """Register this process as `role` and return its executor id; its lease starts now."""
-        return await self._write(partial(_add_executor, role=role, lease=self.lease))
+    async def add_executor(self, role: str, process: ProcessIdentity | None = None) -> int:
+        """Register `process`, by default this one, as `role`; returns its executor id.
+
+        Its lease starts now.
+        """
+        return await self._write(
+            partial(_add_executor, role=role, lease=self.lease, process=process or this_process())
+        )
+
+    async def beat(self, executor_id: int) -> None:
+        """Renew an executor's lease."""
+        await self._write(partial(beat, executor_id=executor_id, lease=self.lease))
+
+    async def diagnose(self, executor_id: int, **counts: Any) -> None:
+        """Add to an executor's diagnosis; see `diagnose` below."""
+        await self._write(partial(_diagnose, executor_id=executor_id, **counts))
 
     async def end_executor(self, executor_id: int, reason: str, losses: int = 0) -> int:
         """End an executor and requeue what it had claimed; returns how many tasks that were."""
@@ -626,8 +639,8 @@ def _results(db: sqlite3.Connection, seqs: str) -> list[tuple[bytes, bytes]]:
     return batch
 
 
-def _add_executor(db: sqlite3.Connection, role: str, lease: float) -> int:
-    process, now = this_process(), time.time()
+def _add_executor(db: sqlite3.Connection, role: str, lease: float, process: ProcessIdentity) -> int:
+    now = time.time()
     row = {
         "role": role,
         "host": process.host,
@@ -803,7 +816,10 @@ def diagnose(path: Path, executor_id: int, **counts: Any) -> None:
 
     Blocks, on a connection of its own: a watchdog thread calls it while the loop is stuck.
     """
-    row = {"stalls": 0, "slow_callbacks": 0, "diagnosis": None, "aiomonitor_port": None}
-    row |= {"executor_id": executor_id, **counts}
     with closing(connect(path)) as db:
-        db.execute(DIAGNOSE_EXECUTOR, row)
+        _diagnose(db, executor_id, **counts)
+
+
+def _diagnose(db: sqlite3.Connection, executor_id: int, **counts: Any) -> None:
+    row = {"stalls": 0, "slow_callbacks": 0, "diagnosis": None, "aiomonitor_port": None}
+    db.execute(DIAGNOSE_EXECUTOR, row | {"executor_id": executor_id, **counts})

@@ -11,14 +11,14 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nanoeval import _codec, _outcomes, _schema
 from nanoeval._database_file import StoreError
-from nanoeval._store import BATCH_BYTES, Claim, Exchange, Finish, Progress, Store
+from nanoeval._store import BATCH_BYTES, Claim, Exchange, Finish, Progress
 from nanoeval.asyncio_utils import cancel_task, uninterrupted
 from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
 from nanoeval.recorder import set_default_recorder
@@ -47,6 +47,21 @@ class Job:
     recorder: RecorderProtocol
 
 
+class ClaimSource(Protocol):
+    """Where a worker gets its claims, and hands in what came of them: a `Store`, near or far."""
+
+    async def exchange(
+        self,
+        executor_id: int,
+        eval_id: int,
+        finishes: Sequence[Finish],
+        wanted: int,
+        num_sharers: int = 1,
+    ) -> Exchange: ...
+
+    async def release(self, executor_id: int, eval_id: int) -> None: ...
+
+
 class FatalRolloutError(Exception):
     """`evaluate` raised what ends the run. `error` is the exception, `task_name` its task."""
 
@@ -65,7 +80,7 @@ class Worker:
 
     def __init__(
         self,
-        store: Store,
+        store: ClaimSource,
         executor_id: int,
         job: Job,
         num_sharers: int = 1,
@@ -366,6 +381,46 @@ class Worker:
 
 def _size(finish: Finish) -> int:
     return len(finish.payload) if finish.payload is not None else 0
+
+
+def portable_errors(errors: Sequence[BaseException], where: str) -> bytes:
+    """Pickle what `Worker.serve` raised for another process, with the tracebacks as notes."""
+    portable: list[BaseException] = []
+    for error in errors:
+        origin = error.error if isinstance(error, FatalRolloutError) else error
+        origin.add_note(f"in {where}:\n{_outcomes.format_traceback(origin)}")
+        copy: BaseException = _codec.loads(_outcomes.dump_error(origin, "an error"))
+        portable.append(
+            FatalRolloutError(error.task_name, copy)
+            if isinstance(error, FatalRolloutError)
+            else copy
+        )
+    return _codec.dumps(portable, "the errors of %s", where)
+
+
+async def first_errors(serving: set[asyncio.Task[list[BaseException]]]) -> None:
+    """Wait for several workers that serve one eval, each of which returns what it raised.
+
+    Once one has raised, the others are cancelled and awaited. Raises like `Worker.serve`.
+    """
+    errors: list[BaseException] = []
+    try:
+        for next_done in asyncio.as_completed(serving):
+            errors += await next_done
+            if errors:
+                break
+    finally:
+        for task in serving:
+            task.cancel()
+        others = await asyncio.gather(*serving, return_exceptions=True)
+    errors += [
+        e for answer in others if isinstance(answer, list) for e in answer if e not in errors
+    ]
+    fatal = [error for error in errors if isinstance(error, FatalRolloutError)]
+    if fatal:
+        raise ExceptionGroup("rollouts ended the run", fatal)
+    if errors:
+        raise errors[0]
 
 
 def _with_cause(error: RolloutSystemError, cause: BaseException) -> RolloutSystemError:

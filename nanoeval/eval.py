@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import chz
 from chz.factories import function
@@ -209,8 +209,24 @@ class RunnerArgs:
     experimental_use_multiprocessing: bool = chz.field(
         default=False, doc="Run rollouts in worker processes; for evals that use much CPU."
     )
+    executor: Literal["in_process", "processes", "ray"] | None = chz.field(
+        default=None,
+        doc="Where rollouts run: on this event loop, in processes of this machine, or in actors of"
+        " a Ray cluster; None = what experimental_use_multiprocessing says.",
+    )
     num_processes: int | None = chz.field(
         default=None, doc="Number of worker processes; None = one per CPU core."
+    )
+    ray_address: str | None = chz.field(
+        default=None, doc="The Ray cluster to use; None = the one of this machine, or a new one."
+    )
+    ray_num_actors: int | None = chz.field(
+        default=None, doc="Number of actors that run rollouts; None = as many as there is room for."
+    )
+    ray_actor_options: dict[str, Any] | None = chz.field(
+        default=None,
+        doc="Ray's options of each actor: num_cpus (1 by default), num_gpus, resources,"
+        " runtime_env and so on.",
     )
     shuffle: bool = chz.field(default=False, doc="Run the tasks in random order.")
     n_tasks: int | None = chz.field(
@@ -253,6 +269,13 @@ class RunnerArgs:
         doc="Seconds before the first retry; doubles each time, with jitter, up to 60.",
     )
 
+    @property
+    def executor_name(self) -> str:
+        """The executor that the arguments ask for: in_process, processes or ray."""
+        if self.executor is not None:
+            return self.executor
+        return "processes" if self.experimental_use_multiprocessing else "in_process"
+
     @chz.validate
     def _check_values(self) -> None:
         zero_allowed = self.concurrency == 0 and os.environ.get(ENV_ALLOW_ZERO_CONCURRENCY)
@@ -263,11 +286,23 @@ class RunnerArgs:
             )
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes={self.num_processes} must be at least 1")
-        if self.num_processes is not None and not self.experimental_use_multiprocessing:
+        if self.experimental_use_multiprocessing and self.executor not in {None, "processes"}:
             raise ValueError(
-                f"num_processes={self.num_processes} needs experimental_use_multiprocessing=True;"
-                " set both or neither"
+                f"executor={self.executor!r} contradicts experimental_use_multiprocessing=True;"
+                " set one of them"
             )
+        if self.num_processes is not None and self.executor_name != "processes":
+            raise ValueError(
+                f"num_processes={self.num_processes} needs experimental_use_multiprocessing=True"
+                ' (or executor="processes"); set both or neither'
+            )
+        for name in ("ray_address", "ray_num_actors", "ray_actor_options"):
+            if getattr(self, name) is not None and self.executor_name != "ray":
+                raise ValueError(
+                    f'{name}={getattr(self, name)!r} needs executor="ray"; set both or neither'
+                )
+        if self.ray_num_actors is not None and self.ray_num_actors < 1:
+            raise ValueError(f"ray_num_actors={self.ray_num_actors} must be at least 1")
         if self.n_tasks is not None and self.n_tasks < 1:
             raise ValueError(f"n_tasks={self.n_tasks} must be at least 1, or None for all tasks")
         if self.slack_name is not None and not self.enable_slackbot:

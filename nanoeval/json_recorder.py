@@ -19,7 +19,7 @@ import chz
 
 from nanoeval._jsonl import encode_line, utc_timestamp
 from nanoeval._line_writer import LineWriter
-from nanoeval._recorder_base import RecorderBase
+from nanoeval._recorder_base import RecorderBase, event_time
 from nanoeval.recorder_protocol import RecorderConfig, RecorderProtocol, RunSpec
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class JsonRecorder(RecorderBase):
     def _record(self, record_type: str, fields: dict[str, Any], extra: dict[str, Any]) -> None:
         scope = self.current_rollout()
         record: dict[str, Any] = {
-            "timestamp": utc_timestamp(),
+            "timestamp": utc_timestamp(event_time.get()),
             "record_type": record_type,
             "sample_id": (scope.sample_id or None) if scope else None,
             "group_id": (scope.group_id or None) if scope else None,

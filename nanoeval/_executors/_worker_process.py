@@ -16,7 +16,7 @@ from nanoeval import _codec
 from nanoeval._executors.processes import LENGTH, Order
 from nanoeval._run_set import RunSet, join_run_set
 from nanoeval._store import StoredEval
-from nanoeval._worker import Job, Worker
+from nanoeval._worker import Job, Worker, portable_errors
 from nanoeval.library_config import set_library_config
 from nanoeval.setup import (
     global_exit_stack,
@@ -86,7 +86,9 @@ class WorkerProcess:
             errors = [error]
         finally:
             del self._orders[number]
-            self._answer("done", number, _portable(errors) if errors else None)
+            where = f"worker process {os.getpid()}"
+            answer = portable_errors(errors, where) if errors else None
+            self._answer("done", number, answer)
 
     async def _stored_eval(self, run_set: RunSet, eval_id: int) -> StoredEval:
         _codec.install_main_definitions(await run_set.store.definitions())
@@ -102,24 +104,6 @@ def _job(stored: StoredEval) -> Job:
     assert stored.run_id is not None
     assert stored.recorder is not None
     return Job(stored.eval_id, stored.run_id, spec.eval, spec.runner, _codec.loads(stored.recorder))
-
-
-def _portable(errors: list[BaseException]) -> bytes:
-    """The errors as the parent can unpickle them, with their tracebacks as notes."""
-    from nanoeval._outcomes import dump_error, format_traceback
-    from nanoeval._worker import FatalRolloutError
-
-    portable: list[BaseException] = []
-    for error in errors:
-        origin = error.error if isinstance(error, FatalRolloutError) else error
-        origin.add_note(f"in worker process {os.getpid()}:\n{format_traceback(origin)}")
-        copy: BaseException = _codec.loads(dump_error(origin, "an error"))
-        portable.append(
-            FatalRolloutError(error.task_name, copy)
-            if isinstance(error, FatalRolloutError)
-            else copy
-        )
-    return _codec.dumps(portable, "the errors of a worker process")
 
 
 async def _main(connection: socket.socket) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Self
 from nanoeval import _codec
 from nanoeval._run_set import RunSet
 from nanoeval._store import Progress
-from nanoeval._worker import FatalRolloutError, Job
+from nanoeval._worker import Job, first_errors
 from nanoeval.library_config import get_library_config
 from nanoeval.setup import say, shared_resource
 
@@ -153,24 +153,7 @@ class WorkerPool:
             asyncio.create_task(self._serve_in(slot, order, run_set))
             for slot in range(self._num_processes)
         }
-        errors: list[BaseException] = []
-        try:
-            for next_done in asyncio.as_completed(serving):
-                errors += await next_done
-                if errors:
-                    break
-        finally:
-            for task in serving:
-                task.cancel()
-            others = await asyncio.gather(*serving, return_exceptions=True)
-        errors += [
-            e for answer in others if isinstance(answer, list) for e in answer if e not in errors
-        ]
-        fatal = [error for error in errors if isinstance(error, FatalRolloutError)]
-        if fatal:
-            raise ExceptionGroup("rollouts ended the run", fatal)
-        if errors:
-            raise errors[0]
+        await first_errors(serving)
 
     async def _serve_in(self, slot: int, order: Order, run_set: RunSet) -> list[BaseException]:
         """Serve `order` in one slot, whatever dies there; returns what `Worker.serve` raised."""
