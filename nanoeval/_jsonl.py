@@ -123,7 +123,7 @@ def _bytes_as_text(value: bytes) -> str:
 
 
 def utc_timestamp(now: float | None = None) -> str:
-    """`now`, seconds since the epoch, in UTC as ISO 8601, to the microsecond; None = this moment."""
+    """`now`, seconds since the epoch (None = this moment), in UTC as ISO 8601 with microseconds."""
     now = time.time() if now is None else now
     return f"{_utc_second(int(now))}.{int(now % 1 * 1e6):06d}+00:00"
 

@@ -277,13 +277,7 @@ class RunnerArgs:
         return "processes" if self.experimental_use_multiprocessing else "in_process"
 
     @chz.validate
-    def _check_values(self) -> None:
-        zero_allowed = self.concurrency == 0 and os.environ.get(ENV_ALLOW_ZERO_CONCURRENCY)
-        if self.concurrency is not None and self.concurrency <= 0 and not zero_allowed:
-            raise ValueError(
-                f"concurrency={self.concurrency} must be at least 1, or None for no limit"
-                f" (0 is allowed with {ENV_ALLOW_ZERO_CONCURRENCY}=1)"
-            )
+    def _check_executor(self) -> None:
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes={self.num_processes} must be at least 1")
         if self.experimental_use_multiprocessing and self.executor not in {None, "processes"}:
@@ -303,6 +297,15 @@ class RunnerArgs:
                 )
         if self.ray_num_actors is not None and self.ray_num_actors < 1:
             raise ValueError(f"ray_num_actors={self.ray_num_actors} must be at least 1")
+
+    @chz.validate
+    def _check_values(self) -> None:
+        zero_allowed = self.concurrency == 0 and os.environ.get(ENV_ALLOW_ZERO_CONCURRENCY)
+        if self.concurrency is not None and self.concurrency <= 0 and not zero_allowed:
+            raise ValueError(
+                f"concurrency={self.concurrency} must be at least 1, or None for no limit"
+                f" (0 is allowed with {ENV_ALLOW_ZERO_CONCURRENCY}=1)"
+            )
         if self.n_tasks is not None and self.n_tasks < 1:
             raise ValueError(f"n_tasks={self.n_tasks} must be at least 1, or None for all tasks")
         if self.slack_name is not None and not self.enable_slackbot:

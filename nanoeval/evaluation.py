@@ -16,7 +16,7 @@ import chz
 
 from nanoeval import _codec
 from nanoeval._chores import back_up, background, chores_of, decoded, to_json
-from nanoeval._executors import in_process, processes
+from nanoeval._executors import in_process, processes, ray
 from nanoeval._inspect import list_run_sets
 from nanoeval._monitor_process import monitor_process, require_streamlit
 from nanoeval._outcomes import noting
@@ -56,6 +56,8 @@ __all__ = [
     "validate",
 ]
 
+EXECUTORS = {"in_process": in_process, "processes": processes, "ray": ray}
+
 
 async def run(spec: EvalSpec) -> dict[str, Any]:
     """Run an eval to its end and return its summary, with `run_id` added.
@@ -68,6 +70,8 @@ async def run(spec: EvalSpec) -> dict[str, Any]:
     runner = spec.runner
     if runner.use_monitor:
         require_streamlit()
+    if runner.executor_name == "ray":
+        ray.require_ray(runner)
     if runner.run_set_id is None:
         spec = chz.replace(spec, runner=chz.replace(runner, run_set_id=default_run_set_id()))
     assert spec.runner.run_set_id is not None
@@ -134,7 +138,7 @@ async def _carry_out(
     """Have all rollouts of a queued eval done, summarize and report."""
     store, name = run_set.store, spec.eval.get_name()
     job = Job(eval_id, run_id or recorder.run_spec.run_id, spec.eval, spec.runner, recorder)
-    executor = processes if spec.runner.experimental_use_multiprocessing else in_process
+    executor = EXECUTORS[spec.runner.executor_name]
     before = await store.progress(eval_id)
     started_at = time.monotonic()
     await _notify(spec, f"{name}: {before.num_tasks} tasks, run {job.run_id} starts")

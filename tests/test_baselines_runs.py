@@ -112,7 +112,7 @@ def has_bars(path: Path) -> bool:
         ("mme", "gen_answer", ["Yes", "No"] * 3, ["Yes", "No", "?"]),
     ],
 )
-def test_every_task_and_strategy_runs_as_a_program(  # noqa: PLR0917 - pytest fills them in
+def test_every_task_and_strategy_runs_as_a_program(
     task: str,
     strategy: str,
     gold: Any,
