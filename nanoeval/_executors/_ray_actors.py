@@ -221,12 +221,13 @@ class _Counter:
         arguments = (executor_id, eval_id, finishes, wanted, num_sharers)
         events = self._recorder.take()
         try:
-            return await _answer(self._desk.exchange.remote(events, *arguments))
+            exchange: Exchange = await _answer(self._desk.exchange.remote(events, *arguments))
         except ActorUnavailableError:
             await _until_answered(lambda: self._desk.end.remote(executor_id, "connection lost"))
-            return await _until_answered(
+            exchange = await _until_answered(
                 lambda: self._desk.exchange.remote([], executor_id, eval_id, [], 0, num_sharers)
             )
+        return exchange
 
     async def release(self, executor_id: int, eval_id: int) -> None:
         events = self._recorder.take()

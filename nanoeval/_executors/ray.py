@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -132,13 +133,17 @@ class RayPool:
         quiet = {"configure_logging": False, "log_to_driver": False}
         address = self._runner.ray_address
         try:
+            host, _, port = (address or "").rpartition(":")
+            if host and "/" not in host and port.isdigit():
+                # Ray itself would wait for minutes.
+                socket.create_connection((host, int(port)), timeout=10).close()
             try:
                 ray.init(address=address or "auto", **quiet)
             except ConnectionError:
                 if address is not None or "RAY_ADDRESS" in os.environ:
                     raise
                 ray.init(address="local", include_dashboard=False, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise RayClusterError(
                 f"no Ray cluster at ray_address={address!r} ({error}). Start one with"
                 " `ray start --head`, or leave ray_address out for one on this machine"
