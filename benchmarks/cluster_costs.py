@@ -75,12 +75,12 @@ async def exchange_seconds(
     async with queued(folder, batch * (calls + 2) + num_held) as (store, executor_id, eval_id):
         if num_held:
             await store.exchange(await store.add_executor("worker"), eval_id, [], num_held)
-        claims = (await store.exchange(executor_id, eval_id, [], batch)).claims
+        claims = (await store.exchange(executor_id, eval_id, [], batch)).claims()
         spent = 0.0
         for _ in range(calls):
             finishes = finishes_of(claims, payload)
             started_at = time.perf_counter()
-            claims = (await store.exchange(executor_id, eval_id, finishes, batch)).claims
+            claims = (await store.exchange(executor_id, eval_id, finishes, batch)).claims()
             spent += time.perf_counter() - started_at
     return spent / calls
 
@@ -112,10 +112,10 @@ async def file_costs(folder: str, n: int = LARGE) -> dict[str, float]:
         began = time.perf_counter()
         await store.refuse_duplicates(eval_id)
         looking = time.perf_counter() - began
-        claims = (await store.exchange(executor_id, eval_id, [], 1024)).claims
+        claims = (await store.exchange(executor_id, eval_id, [], 1024)).claims()
         while claims:
             finishes = finishes_of(claims, payload)
-            claims = (await store.exchange(executor_id, eval_id, finishes, 1024)).claims
+            claims = (await store.exchange(executor_id, eval_id, finishes, 1024)).claims()
         started_at = time.perf_counter()
         async for batch in store.results_since(eval_id):
             for _ in decoded(batch):

@@ -330,7 +330,7 @@ async def test_a_cluster_that_is_not_there_is_named() -> None:
     """A wrong address would end in a traceback of another library."""
     from nanoeval._executors.ray import RayClusterError
 
-    with pytest.raises(RayClusterError, match=r"127\.0\.0\.1:1 .*ray start"):
+    with pytest.raises(RayClusterError, match=r"127\.0\.0\.1:1.*ray start"):
         await run(spec(Sums(), executor="ray", ray_address="127.0.0.1:1"))
 
 
