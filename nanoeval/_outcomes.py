@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import traceback
@@ -51,8 +52,9 @@ def score_of(result: Any) -> float | None:
     """
     if isinstance(result, bool):
         return float(result)
+    is_mapping = isinstance(result, Mapping)
     for name in ("correct", "is_correct", "score"):
-        value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
+        value = result.get(name) if is_mapping else getattr(result, name, None)
         if isinstance(value, bool | int | float) and math.isfinite(value):
             return float(value)
     return None
@@ -69,21 +71,23 @@ def preview(value: Any) -> str | None:
         if not own:
             return None
         value = own
-    readable = _readable(value, depth=0)
-    text = encodable(json.dumps(readable, ensure_ascii=False, default=str))
+    text = encodable(_encoder.encode(_readable(value, depth=0)))
     return text if len(text) <= PREVIEW_CHARS else json.dumps(text[:PREVIEW_CHARS] + " …")
 
 
 def encodable(text: str) -> str:
     """`text` with what UTF-8 cannot carry (lone surrogates) written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+_encoder = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 def _readable(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one line per kind of value
-    if value is None or isinstance(value, bool | int | float):
-        return value
     if isinstance(value, str):
         return value if len(value) <= PREVIEW_FIELD_CHARS else value[:PREVIEW_FIELD_CHARS] + " …"
+    if value is None or isinstance(value, int | float):
+        return value
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if depth > 4:
@@ -96,11 +100,17 @@ def _readable(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one line per ki
         return {str(k): _readable(v, depth + 1) for k, v in list(value.items())[:PREVIEW_ITEMS]}
     if isinstance(value, BaseModel):
         return {k: _readable(v, depth + 1) for k, v in value.__dict__.items()}
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = _field_names(type(value))
         return {name: _readable(getattr(value, name, None), depth + 1) for name in names}
     text = repr(value)
     return text if len(text) <= PREVIEW_FIELD_CHARS else text[:PREVIEW_FIELD_CHARS] + " …"
+
+
+@functools.lru_cache(maxsize=64)
+def _field_names(cls: type) -> tuple[str, ...]:
+    # Kept, since looking them up costs as much as all the rest of a small result's preview.
+    return tuple([field.name for field in dataclasses.fields(cls)])
 
 
 def dump_error(error: BaseException, what: str) -> bytes:
