@@ -1,17 +1,22 @@
-"""What tests on Ray share: a cluster on loopback, and a recorder that refuses."""
+"""What tests on Ray share: a cluster on loopback, looks at a run, and a recorder that refuses."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import chz
 
 from nanoeval._dummy_recorder import DummyRecorder
+from nanoeval._run_set import database_path
 from nanoeval.recorder_protocol import RecorderConfig
 
 RAY_MISSING = importlib.util.find_spec("ray") is None
@@ -33,6 +38,31 @@ def local_cluster(num_cpus: int) -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def outcomes(run_set_id: str) -> int:
+    """How many outcomes a run set's database holds."""
+    try:
+        with closing(sqlite3.connect(f"file:{database_path(run_set_id)}?mode=ro", uri=True)) as db:
+            return int(db.execute("SELECT count(*) FROM outcome").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+async def until(condition: Callable[[], bool], seconds: float = 40) -> None:
+    """Wait for `condition`; AssertionError when it does not come to pass in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and not as a zombie."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
 
 
 class Refusing(DummyRecorder):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +17,41 @@ import pytest
 
 from nanoeval import run
 from nanoeval.setup import global_exit_stack
-from tests.sample_evals import Burn, InFlight, Sums, lines, spec
+from tests.ray_cluster import RAY_MISSING, local_cluster, outcomes, until
+from tests.sample_evals import Burn, InFlight, Sums, append, lines, spec
 
 MODES: dict[str, dict[str, Any]] = {
     "in_process": {},
     "processes": {"experimental_use_multiprocessing": True, "num_processes": 2},
+    "ray": {"executor": "ray", "ray_num_actors": 2},
 }
+ON_RAY = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(RAY_MISSING, reason='needs Ray: pip install "nanoeval[ray]"'),
+]
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(scope="module")
+def node() -> Iterator[None]:
+    """A Ray cluster of one node."""
+    with local_cluster(num_cpus=4):
+        yield
+
+
+@pytest.fixture(params=["in_process", "processes", pytest.param("ray", marks=ON_RAY)])
 def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The RunnerArgs that choose one executor."""
+    if request.param == "ray":
+        request.getfixturevalue("node")
+    return MODES[request.param]
+
+
+@pytest.fixture(params=["processes", pytest.param("ray", marks=ON_RAY)])
+def mode_apart(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Those of the executors whose rollouts run in other processes."""
+    if request.param == "ray":
+        request.getfixturevalue("node")
     return MODES[request.param]
 
 
@@ -61,7 +89,7 @@ async def test_context_is_entered_once_per_process(mode: dict[str, Any], tmp_pat
     await run(spec(Sums(n=200, seconds=0.002, context_log=str(log)), concurrency=20, **mode))
     entered = [line for line in lines(log) if line.startswith("enter")]
     assert len(entered) == len(set(entered)) == len(lines(log)) // 2
-    assert len(entered) <= mode.get("num_processes", 1)
+    assert len(entered) <= (2 if mode else 1)
     assert (f"enter {os.getpid()}" in entered) == (not mode)
 
 
@@ -90,11 +118,8 @@ async def test_an_exception_ends_the_run_and_keeps_what_is_finished(
     assert "run_set_id=broken" in notes
     from nanoeval.bin.resume import resume
 
-    os.environ["SAMPLE_MENDED"] = "1"
-    try:
-        (summary,) = await resume("broken")
-    finally:
-        del os.environ["SAMPLE_MENDED"]
+    append(f"{log}.mended", "now")
+    (summary,) = await resume("broken")
     assert summary["num_scored"] == 50
     executed = [line.split()[0] for line in lines(log)]
     assert {q for q in executed if executed.count(q) > 1} == {"q30.1.0"}
@@ -102,11 +127,11 @@ async def test_an_exception_ends_the_run_and_keeps_what_is_finished(
 
 @chz.chz
 class Breaking(Sums):
-    """Raises at question 30, until SAMPLE_MENDED is set."""
+    """Raises at question 30, until there is a file LOG.mended."""
 
     async def evaluate(self, task: Any) -> bool:
         result = await super().evaluate(task)
-        if task.a == 30 and "SAMPLE_MENDED" not in os.environ:
+        if task.a == 30 and not Path(f"{self.log}.mended").exists():
             raise ZeroDivisionError("a bug")
         return result
 
@@ -123,19 +148,16 @@ async def test_cancelling_a_run_gives_claims_back(
     """Ctrl-C would leave tasks that nobody may run until a lease ends."""
     eval = Sums(n=2000, seconds=0.05)
     task = asyncio.ensure_future(run(spec(eval, concurrency=20, run_set_id="cancelled", **mode)))
-    await asyncio.sleep(1.5)
+    await until(lambda: outcomes("cancelled") > 50)
     began = time.monotonic()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert time.monotonic() - began < 2
-    import sqlite3
-
-    with sqlite3.connect(database_folder / "cancelled.db") as db:
+    with closing(sqlite3.connect(database_folder / "cancelled.db")) as db:
         assert db.execute("SELECT count(*) FROM claim").fetchone() == (0,)
         (running,) = db.execute("SELECT count(*) FROM task WHERE state = 1").fetchone()
         (done,) = db.execute("SELECT count(*) FROM task WHERE state = 2").fetchone()
-    db.close()
     assert running == 0
     assert 0 < done < 2000
 
@@ -200,6 +222,16 @@ class Unpicklable(Sums):
         return {"answer": 1, "lock": threading.Lock()}
 
 
+async def test_ray_that_is_missing_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, database_folder: Path
+) -> None:
+    """Whoever has no Ray would get a traceback, after the tasks were queued."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r'executor="ray" needs .* pip install "nanoeval\[ray\]"'):
+        await run(spec(Sums(n=5), executor="ray"))
+    assert list(database_folder.glob("*.db")) == []
+
+
 async def test_processes_share_cpu_bound_work() -> None:
     """Two cores would do no more than one."""
     began = time.monotonic()
@@ -217,11 +249,13 @@ async def test_worker_processes_are_reused_inside_the_global_exit_stack(tmp_path
     assert len({line.split()[1] for line in lines(log)}) <= 2
 
 
-async def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
+async def test_a_worker_that_is_killed_is_replaced(
+    mode_apart: dict[str, Any], tmp_path: Path
+) -> None:
     """One process out of memory would cost the run."""
     log = tmp_path / "log"
     eval = Killing(n=30, seconds=0.01, log=str(log))
-    summary = await run(spec(eval, concurrency=4, **MODES["processes"]))
+    summary = await run(spec(eval, concurrency=4, **mode_apart))
     assert summary["num_scored"] == 30
 
 
@@ -237,11 +271,11 @@ class Killing(Sums):
         return result
 
 
-async def test_a_rollout_that_always_kills_its_process_fails_in_the_end() -> None:
+async def test_a_rollout_that_always_kills_its_process_fails_in_the_end(
+    mode_apart: dict[str, Any],
+) -> None:
     """Workers would be started and killed for ever."""
-    summary = await run(
-        spec(AlwaysKilling(n=8), concurrency=2, max_retries=1, **MODES["processes"])
-    )
+    summary = await run(spec(AlwaysKilling(n=8), concurrency=2, max_retries=1, **mode_apart))
     assert summary["num_scored"] >= 5
     assert summary["num_failed"] >= 1
 

@@ -6,12 +6,10 @@ import asyncio
 import json
 import os
 import signal
-import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,11 @@ import chz
 import pytest
 
 from nanoeval import RunnerArgs, run
-from nanoeval._run_set import database_path
 from nanoeval.bin.resume import resume
 from nanoeval.recorder import get_recorder
 from nanoeval.recorders import json_recorder
 from nanoeval.setup import global_exit_stack
-from tests.ray_cluster import RAY_MISSING, local_cluster
+from tests.ray_cluster import RAY_MISSING, alive, local_cluster, outcomes, until
 from tests.sample_evals import Sums, append, lines, spec
 
 pytestmark = [
@@ -33,35 +30,16 @@ pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.skipif(RAY_MISSING, reason='needs Ray: pip install "nanoeval[ray]"'),
 ]
-PROGRAM = Path(__file__).with_name("ray_program.py")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Ray's own test cluster: a head without room for workers, and two nodes of two CPUs each."""
     with local_cluster(num_cpus=0) as cluster:
-        cluster.nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
         yield cluster
-
-
-def outcomes(run_set_id: str) -> int:
-    """How many outcomes a run set's database holds."""
-    try:
-        with sqlite3.connect(f"file:{database_path(run_set_id)}?mode=ro", uri=True) as db:
-            return int(db.execute("SELECT count(*) FROM outcome").fetchone()[0])
-    except sqlite3.Error:
-        return 0
-    finally:
-        if "db" in locals():
-            db.close()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        await asyncio.sleep(0.05)
 
 
 def worker_pids(log: Path) -> list[int]:
@@ -78,7 +56,7 @@ async def test_a_lost_node_costs_its_rollouts_in_flight_and_nothing_else(
     running = asyncio.ensure_future(run(spec(eval, run_set_id="nodes", **runner)))
     await until(lambda: outcomes("nodes") > 1000)
     # Not in a thread, with which Ray would end the node.
-    cluster.remove_node(cluster.nodes[0], allow_graceful=False)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     cluster.add_node(num_cpus=2)
     summary = await running
     assert summary["num_rollouts"] == summary["num_scored"] == 5000
@@ -205,77 +183,6 @@ async def test_actors_are_shared_inside_the_global_exit_stack(cluster: Any, tmp_
     await until(lambda: not any(alive(pid) for pid in worker_pids(log)))
 
 
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-
-
-def program(*arguments: str, **more: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **more,
-    )
-
-
-async def test_the_run_of_a_killed_driver_goes_on(tmp_path: Path) -> None:
-    """Whoever loses the machine at the desk would lose the run.
-
-    The eval is defined in the `__main__` of the program.
-    """
-    log = tmp_path / "log"
-    driver = program("killed", str(log), "600")
-    await until(lambda: outcomes("killed") > 100)
-    family = descendants(driver.pid)
-    assert len(family) > 4
-    driver.kill()
-    driver.wait()
-    for pid in family:  # as when the machine is gone
-        if alive(pid):
-            os.kill(pid, signal.SIGKILL)
-    driver.communicate()
-    assert outcomes("killed") < 600
-    resumed = program("killed", str(log), "600", "resume")
-    out, err = await asyncio.to_thread(resumed.communicate)
-    assert resumed.returncode == 0, err
-    summary = json.loads(out.splitlines()[-1])
-    assert (summary["num_scored"], summary["accuracy"]) == (600, 0.5)
-    executed = Counter(line.split()[0] for line in lines(log))
-    assert len(executed) == 600
-    assert sum(executed.values()) - 600 <= 20
-
-
-def descendants(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    children = [int(child) for child in found.stdout.split()]
-    return children + [below for child in children for below in descendants(child)]
-
-
-async def test_ctrl_c_ends_a_run_on_ray_in_order(tmp_path: Path) -> None:
-    """Claims would be held for a lease, and finished results thrown away."""
-    log = tmp_path / "log"
-    driver = program("stopped", str(log), "2000")
-    await until(lambda: outcomes("stopped") > 100)
-    driver.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    _, err = await asyncio.to_thread(driver.communicate)
-    # Two seconds for the run, and what Ray needs to end its own cluster.
-    assert time.monotonic() - began < 8
-    assert driver.returncode == 130
-    assert "run_set_id=stopped" in err
-    with sqlite3.connect(database_path("stopped")) as db:
-        assert db.execute("SELECT count(*) FROM claim").fetchone() == (0,)
-        assert db.execute("SELECT count(*) FROM task WHERE state = 1").fetchone() == (0,)
-    db.close()
-    executed = len({line.split()[0] for line in lines(log)})
-    assert executed - outcomes("stopped") <= 20
-
-
 async def test_resume_takes_up_a_run_on_ray(cluster: Any, tmp_path: Path) -> None:
     """A run that ended by a bug on another machine could not be gone on with."""
     log = tmp_path / "log"
@@ -319,19 +226,20 @@ async def test_workers_without_room_are_told_of(
     assert "0 of 1 worker actors have found room" in capsys.readouterr().err
 
 
+async def test_another_cluster_than_the_connected_one_is_refused(cluster: Any) -> None:
+    """Rollouts would run on a cluster that was not asked for."""
+    from nanoeval._executors.ray import RayClusterError
+
+    await run(spec(Sums(n=5), executor="ray", ray_num_actors=1, ray_address=cluster.address))
+    with pytest.raises(RayClusterError, match=f"10.0.0.1:1.* connected to .*{cluster.address}"):
+        await run(spec(Sums(n=5), executor="ray", ray_address="10.0.0.1:1"))
+
+
 async def test_bad_options_are_refused_before_anything_is_queued(database_folder: Path) -> None:
     """A slip in an option would show after the tasks were queued, deep inside Ray."""
     with pytest.raises(ValueError, match="num_cpu"):
         await run(spec(Sums(), executor="ray", ray_actor_options={"num_cpu": 1}))
     assert list(database_folder.glob("*.db")) == []
-
-
-async def test_a_cluster_that_is_not_there_is_named() -> None:
-    """A wrong address would end in a traceback of another library."""
-    from nanoeval._executors.ray import RayClusterError
-
-    with pytest.raises(RayClusterError, match=r"127\.0\.0\.1:1.*ray start"):
-        await run(spec(Sums(), executor="ray", ray_address="127.0.0.1:1"))
 
 
 def test_rays_arguments_need_ray() -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Self
 
 from nanoeval import _codec
@@ -44,8 +45,9 @@ class RayClusterError(RuntimeError):
 def require_ray(runner: RunnerArgs) -> None:
     """Raise ImportError or ValueError, with the remedy, where `runner` cannot be served by Ray."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if runner.ray_address is None and "RAY_ADDRESS" not in os.environ:
-        # Read by Ray as it is imported: a cluster of this machine alone listens on loopback alone.
+    address = _address_for(runner)
+    if (_started_address() if address == "auto" else address).startswith(("local", "127.")):
+        # Read by Ray as it is imported: a cluster of this machine alone is on loopback alone.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -63,6 +65,37 @@ def require_ray(runner: RunnerArgs) -> None:
 
 class _Probe:
     """An actor that is never made."""
+
+
+def _address_for(runner: RunnerArgs) -> str:
+    """The cluster that is asked for, else "auto" where this machine belongs to one, else "local".
+
+    Ray itself would also join what another program started for itself alone, and wait for minutes
+    for a cluster that is gone. Raises ValueError for an address that cannot serve.
+    """
+    asked = runner.ray_address or os.environ.get("RAY_ADDRESS") or ""
+    if "://" in asked:
+        raise ValueError(
+            f"ray_address={asked!r}: the run's database is on this machine, so this must be a node"
+            " of the cluster: run the program there (`ray job submit` does), or join with"
+            " `ray start --address=HOST:PORT`; then leave ray_address out"
+        )
+    return asked or ("auto" if _listens(_started_address()) else "local")
+
+
+def _started_address() -> str:
+    """The cluster that `ray start` made this machine a part of, as it noted it; "" without one."""
+    note = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    return note.read_text().strip() if note.exists() else ""
+
+
+def _listens(address: str, seconds: float = 2.0) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _actor_options(runner: RunnerArgs) -> dict[str, Any]:
@@ -83,6 +116,12 @@ async def execute(run_set: RunSet, job: Job, on_progress: Callable[[Progress], N
             await serving
         finally:
             await cancel_task(serving)
+
+
+def _connected_to() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 class RayPool:
@@ -122,6 +161,11 @@ class RayPool:
             if not ray.is_initialized():
                 self._join_or_start()
                 self._is_ours = True
+            elif self._runner.ray_address not in {None, "auto", (here := _connected_to())}:
+                raise RayClusterError(
+                    f"ray_address={self._runner.ray_address!r}, but this process is connected to"
+                    f" the cluster at {here!r}; leave ray_address out, or call ray.shutdown() first"
+                )
             num_actors = self._runner.ray_num_actors or self._num_that_fit()
             self.workers = [self._new_worker() for _ in range(num_actors)]
         finally:
@@ -130,23 +174,21 @@ class RayPool:
     def _join_or_start(self) -> None:
         import ray
 
+        address = _address_for(self._runner)
         quiet = {"configure_logging": False, "log_to_driver": False}
-        address = self._runner.ray_address
         try:
-            host, _, port = (address or "").rpartition(":")
-            if host and "/" not in host and port.isdigit():
-                # Ray itself would wait for minutes.
-                socket.create_connection((host, int(port)), timeout=10).close()
-            try:
-                ray.init(address=address or "auto", **quiet)
-            except ConnectionError:
-                if address is not None or "RAY_ADDRESS" in os.environ:
-                    raise
+            if address == "local":
                 ray.init(address="local", include_dashboard=False, **quiet)
+                return
+            if not _listens(_started_address() if address == "auto" else address, seconds=10):
+                raise ConnectionError("nobody listens there")
+            # Ray finds the noted one by itself, and only then whether it wants a token.
+            ray.init(address=None if address == "auto" else address, **quiet)
         except (OSError, ValueError, RuntimeError) as error:
             raise RayClusterError(
                 f"no Ray cluster at ray_address={address!r} ({error}). Start one with"
-                " `ray start --head`, or leave ray_address out for one on this machine"
+                " `ray start --head` (with RAY_AUTH_MODE=token in both places where it asks for a"
+                " token), or leave ray_address out for one on this machine"
             ) from error
 
     async def kill(self, actor: Any) -> None:
