@@ -12,6 +12,8 @@ import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 from zlib import crc32
 
@@ -20,7 +22,7 @@ from pydantic import BaseModel
 PROTOCOL = 5
 # Of bytes followed by their own CRC-32, lowest byte first, the CRC-32 is always this.
 CRC32_RESIDUE = 0x2144DF1C
-# Begins the pickle of a model's parts; all other pickles begin with 0x80.
+# Begins what `dumps_model` makes; all other pickles begin with 0x80.
 MODEL = b"M"
 # SQLite's own limit for one value is 10^9 bytes.
 MAX_BYTES = 900 * 2**20
@@ -39,6 +41,8 @@ def dumps(value: Any, what: str, *names: object) -> bytes:
 
     Raises NotPicklableError, which names the field at fault and, as `what % names`, the value.
     """
+    if value is True or value is False:  # the most common result of all
+        return TRUE if value else FALSE
     try:
         blob = pickle.dumps(value, PROTOCOL)
     except Exception:  # pickle raises whatever an object's own __reduce__ raises
@@ -49,16 +53,33 @@ def dumps(value: Any, what: str, *names: object) -> bytes:
 def dumps_model(model: BaseModel, what: str, *names: object) -> bytes:
     """Like `dumps`, for a model that is plain data, such as a task: takes half as long to restore.
 
-    Its class and its fields are pickled, instead of what pydantic's own way wraps around them.
+    Its fields are pickled behind the name of its class, instead of what pydantic wraps around both.
     """
-    if not _has_plain_state(type(model)) or model.__pydantic_private__ is not None:
+    model_class = type(model)
+    if not _has_plain_state(model_class) or model.__pydantic_private__ is not None:
         return dumps(model, what, *names)
-    parts = (type(model), model.__dict__, model.__pydantic_fields_set__, model.__pydantic_extra__)
+    name = _name_of(model_class)
+    state = (model.__dict__, model.__pydantic_fields_set__, model.__pydantic_extra__)
     try:
-        blob = MODEL + pickle.dumps(parts, PROTOCOL)
+        if _class_named(name) is not model_class:  # made in a function, or replaced since
+            return dumps(model, what, *names)
+        blob = MODEL + name + b"\n" + pickle.dumps(state, PROTOCOL)
     except Exception:  # as above
         return dumps(model, what, *names)
     return _sealed(blob, what, names)
+
+
+@lru_cache(maxsize=128)
+def _name_of(model_class: type[BaseModel]) -> bytes:
+    return f"{model_class.__module__}:{model_class.__qualname__}".encode()
+
+
+def _class_named(name: bytes) -> Any:
+    module, _, qualified = name.decode().partition(":")
+    try:
+        return sys.modules[module].__dict__[qualified]
+    except KeyError:  # not imported yet, or inside another class
+        return attrgetter(qualified)(import_module(module))
 
 
 @lru_cache(maxsize=128)
@@ -74,9 +95,11 @@ def _has_plain_state(model_class: type[BaseModel]) -> bool:
     )
 
 
-def _restored(parts: tuple[type[BaseModel], dict[str, Any], set[str], Any]) -> BaseModel:
-    model_class, fields, fields_set, extra = parts
-    model = model_class.__new__(model_class)
+def _restored(blob: bytes) -> BaseModel:
+    end = blob.index(b"\n")
+    model_class = _class_named(blob[len(MODEL) : end])
+    fields, fields_set, extra = pickle.loads(memoryview(blob)[end + 1 :])
+    model: BaseModel = model_class.__new__(model_class)
     put = object.__setattr__
     put(model, "__dict__", fields)
     put(model, "__pydantic_fields_set__", fields_set)
@@ -94,6 +117,9 @@ def _sealed(blob: bytes, what: str, names: tuple[object, ...]) -> bytes:
             " and its path here"
         )
     return blob + crc32(blob).to_bytes(4, "little")
+
+
+TRUE, FALSE = (_sealed(pickle.dumps(value, PROTOCOL), "a bool", ()) for value in (True, False))
 
 
 def _dumps_by_value(value: Any, what: str) -> bytes:
@@ -116,6 +142,8 @@ def loads(blob: bytes) -> Any:
 
     Raises DamagedPickleError, before anything is unpickled, for bytes that have changed since.
     """
+    if len(blob) == len(TRUE) and blob in {TRUE, FALSE}:
+        return blob == TRUE
     # The checksum stands behind the pickle, which knows its own end.
     if crc32(blob) != CRC32_RESIDUE:
         raise DamagedPickleError(
@@ -124,7 +152,7 @@ def loads(blob: bytes) -> Any:
             " resume the run set"
         )
     if blob[:1] == MODEL:
-        return _restored(pickle.loads(memoryview(blob)[1:]))
+        return _restored(blob)
     return pickle.loads(blob)
 
 

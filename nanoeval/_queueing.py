@@ -117,7 +117,7 @@ def _new_task(task: Task) -> NewTask:
         task.attempt_id,
         task.retry_idx,
         _outcomes.preview(task),
-        _codec.dumps_model(task, "task %r", task.name),
+        _codec.dumps_model(task, "task '%s.%s'", task.question_id, task.attempt_id),
     )
 
 
