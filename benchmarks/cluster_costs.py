@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import math
 import os
 import pickle
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -27,7 +29,7 @@ from overhead import Noop, machine
 from nanoeval import EvalSpec, RunnerArgs, Task, _codec, _schema, run
 from nanoeval._chores import decoded
 from nanoeval._database_file import backup, check_database, connect, in_transaction
-from nanoeval._store import Claim, Exchange, Finish, NewTask, Progress, Store, beat
+from nanoeval._store import Claim, Exchange, Finish, NewTask, Progress, Store, beat, reap
 from nanoeval._worker import Job, Worker
 from nanoeval.json_recorder import JsonRecorder
 from nanoeval.recorder_protocol import BasicRunSpec
@@ -117,9 +119,8 @@ async def file_costs(folder: str, n: int = LARGE) -> dict[str, float]:
             finishes = finishes_of(claims, payload)
             claims = (await store.exchange(executor_id, eval_id, finishes, 1024)).claims()
         started_at = time.perf_counter()
-        async for batch in store.results_since(eval_id):
-            for _ in decoded(batch):
-                pass
+        async for _ in decoded(store.results(await store.counted(eval_id))):
+            pass
         summary = time.perf_counter() - started_at
     size = store.path.stat().st_size
     copying = seconds_of(lambda: backup(store.path, store.path.with_suffix(".copy")))
@@ -135,25 +136,22 @@ async def file_costs(folder: str, n: int = LARGE) -> dict[str, float]:
 
 
 async def heartbeat_costs(folder: str) -> dict[str, float]:
-    """What a heartbeat costs, alone and per other executor."""
-    seconds = []
-    for num_executors in (1, 1_000):
-        async with queued(folder, 1) as (store, executor_id, _):
-            for _ in range(num_executors - 1):
-                await store.add_executor("worker")
-            db = connect(store.path)
-            # Not this machine's processes: their leases alone tell whether they live.
-            db.execute("UPDATE executor SET host_id = 'elsewhere'")
-            beats = [
-                seconds_of(lambda: in_transaction(db, lambda db: beat(db, executor_id, 3600)))  # noqa: B023
-                for _ in range(50)
-            ]
-            db.close()
-            seconds.append(sorted(beats)[25])
-    return {
-        "heartbeat": seconds[0],
-        "heartbeat_per_actor": (seconds[1] - seconds[0]) / 999,
-    }
+    """What a heartbeat costs, and a look for the dead for each executor that there is."""
+    n = 1_000
+    async with queued(folder, 1) as (store, executor_id, _):
+        for _ in range(n - 1):
+            await store.add_executor("worker")
+        db = connect(store.path)
+        # Not this machine's processes: their leases alone tell whether they live.
+        db.execute("UPDATE executor SET host_id = 'elsewhere'")
+
+        def median_of(work: Callable[[sqlite3.Connection], object]) -> float:
+            return statistics.median(seconds_of(lambda: in_transaction(db, work)) for _ in range(50))
+
+        alone = median_of(lambda db: beat(db, executor_id, 3600))
+        looking = median_of(lambda db: reap(db, losses=1))
+        db.close()
+    return {"heartbeat": alone, "heartbeat_per_actor": looking / n}
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -166,7 +164,7 @@ def desk_costs() -> dict[str, float]:
     """What the desk unpickles and pickles: per rollout, and per byte of payload."""
 
     def seconds(size: int, n: int = 1024) -> float:
-        claims = [Claim(i, 1, 1, str(i), 1, 0, 0, os.urandom(TASK_BYTES)) for i in range(n)]
+        claims = [Claim(i, 1, str(i), 1, 0, 0, os.urandom(TASK_BYTES)) for i in range(n)]
         finishes = finishes_of(claims, b"")
         for finish in finishes:
             finish.payload = os.urandom(size)  # one for all would be pickled once
@@ -204,7 +202,7 @@ class EndlessStore:
     """Gives claims and takes finishes without a database: what is left is the worker's own cost."""
 
     def __init__(self, n: int) -> None:
-        self._payload = _codec.dumps(Task(question_id="q"), "a task")
+        self._payload = _codec.dumps_model(Task(question_id="q"), "a task")
         self._n, self._num_claimed, self._num_done = n, 0, 0
 
     async def exchange(
@@ -214,11 +212,14 @@ class EndlessStore:
         self._num_done += len(finishes)
         first = self._num_claimed
         self._num_claimed = min(self._n, first + wanted)
-        claims = [
-            Claim(i, 1, 1, str(i), 1, 0, 0, self._payload) for i in range(first, self._num_claimed)
-        ]
+        size = len(self._payload)
+        rows = [(i, 1, str(i), 1, 0, 0, size) for i in range(first, self._num_claimed)]
         counts = (self._n, self._num_done, 0, 0, 0, 0, 0.0, self._num_claimed - self._num_done)
-        return Exchange(claims, Progress("running", 4096, *counts), None)
+        progress = Progress("running", 4096, *counts)
+        payloads = self._payload * len(rows)
+        return Exchange(
+            progress, num_claims=len(rows), columns=json.dumps(rows), payloads=payloads
+        )
 
     async def release(self, executor_id: int, eval_id: int) -> None:
         pass

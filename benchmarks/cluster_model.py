@@ -37,11 +37,11 @@ class Costs:
 
     transaction: float = 2.55e-04
     transaction_per_rollout: float = 1.22e-05
-    # Each transaction counts the claims in flight.
+    # It was 5e-08 when each transaction counted the claims in flight.
     transaction_per_claim_held: float = 5.28e-08
     transaction_per_byte: float = 2.16e-09
     heartbeat: float = 5.13e-05
-    # A look for executors that died, for each that there is.
+    # A look for executors that died, by the driver alone, for each that there is.
     heartbeat_per_actor: float = 2.47e-05
     desk_per_call: float = 4.68e-04
     desk_per_rollout: float = 3.16e-06

@@ -28,7 +28,6 @@ WINDOW = (10.0, 12, 3_000)
 # What could be changed, each on top of those before it: (field of Costs or Cluster, value).
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "claims in flight are counted in a column": {"transaction_per_claim_held": 0.0},
     "the desk itself tells that there is no news": {"poll": math.inf},
     "one caller per node, for all its actors": {"actors_per_node": 1, "places_per_actor": 512},
     "calls that wait share a transaction": {"do_calls_share_transactions": True},

@@ -8,10 +8,11 @@ import datetime
 import enum
 import functools
 import json
+import json.encoder
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chz
@@ -29,9 +30,9 @@ def encode_line(record: dict[str, Any]) -> bytes:
     message, NaN and infinities null, anything else its repr.
     """
     try:
-        text = _encoder.encode(record)
+        text = _encode(record)
     except Exception:  # a value's own code may raise anything; the slow way finds and replaces it
-        text = _encoder.encode(_plain(record, ()))
+        text = _encode(_plain(record, ()))
     if not text.isascii():
         # str.splitlines would cut lines here, though JSON allows them.
         for separator in ("\x85", "\u2028", "\u2029"):
@@ -71,7 +72,21 @@ def _jsonable(value: Any) -> Any:  # noqa: PLR0911 - one line per kind of value
     return repr(value)
 
 
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_jsonable)
+def encoder(default: Callable[[Any], Any], allow_nan: bool) -> Callable[[Any], str]:
+    """Like the `encode` of a JSONEncoder that keeps text as it is, in half the time for a record.
+
+    That one makes its encoder in C anew for each value, to find values that hold themselves; this
+    one raises RecursionError for those.
+    """
+    make_encoder = getattr(json.encoder, "c_make_encoder", None)
+    if make_encoder is None:  # not CPython
+        return json.JSONEncoder(ensure_ascii=False, allow_nan=allow_nan, default=default).encode
+    as_text = json.encoder.encode_basestring  # type: ignore[attr-defined]
+    encode = make_encoder(None, default, as_text, None, ": ", ", ", False, False, allow_nan)
+    return lambda value: "".join(encode(value, 0))
+
+
+_encode = encoder(_jsonable, allow_nan=False)
 
 
 def _plain(value: Any, inside: tuple[int, ...]) -> Any:  # noqa: PLR0911 - as above

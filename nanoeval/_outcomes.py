@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nanoeval import _codec
+from nanoeval._jsonl import encoder
 from nanoeval.eval import RolloutSystemError, Task, TResult, TTask
 
 # Bounds of the readable previews that stand beside the pickles in the database.
@@ -71,7 +72,7 @@ def preview(value: Any) -> str | None:
         if not own:
             return None
         value = own
-    text = encodable(_encoder.encode(_readable(value, depth=0)))
+    text = encodable(_encode(_readable(value, depth=0)))
     return text if len(text) <= PREVIEW_CHARS else json.dumps(text[:PREVIEW_CHARS] + " …")
 
 
@@ -80,7 +81,7 @@ def encodable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-_encoder = json.JSONEncoder(ensure_ascii=False, default=str)
+_encode = encoder(str, allow_nan=True)
 
 
 def _readable(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one line per kind of value
