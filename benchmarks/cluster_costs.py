@@ -294,7 +294,7 @@ def foretold_rate(costs: Costs, n: int, sleep: float, concurrency: int) -> float
     cluster = Cluster(
         nodes=1, seconds=sleep, actors_per_node=1, places_per_actor=concurrency, sigma=0,
         task_bytes=150, result_bytes=20, events=0, latency=0, bandwidth=math.inf,
-        seconds_between_failures=1e12, is_in_process=True,
+        seconds_between_failures=1e12,
     )  # fmt: skip
     in_process = replace(costs, desk_per_call=0, desk_per_rollout=0, desk_per_byte=0)
     simulation = Simulation(cluster, in_process, num_tasks=n)

@@ -35,27 +35,27 @@ class Costs:
     The defaults are what `simulate_cluster.py --measure` found on 2 cores of an AMD EPYC.
     """
 
-    transaction: float = 2.55e-04
-    transaction_per_rollout: float = 1.22e-05
+    transaction: float = 2.62e-04
+    transaction_per_rollout: float = 9.49e-06
     # It was 5e-08 when each transaction counted the claims in flight.
-    transaction_per_claim_held: float = 5.28e-08
-    transaction_per_byte: float = 2.16e-09
-    heartbeat: float = 5.13e-05
+    transaction_per_claim_held: float = 8.32e-11
+    transaction_per_byte: float = 2.82e-09
+    heartbeat: float = 1.38e-05
     # A look for executors that died, by the driver alone, for each that there is.
-    heartbeat_per_actor: float = 2.47e-05
-    desk_per_call: float = 4.68e-04
-    desk_per_rollout: float = 3.16e-06
-    desk_per_byte: float = 1.40e-10
-    record_per_event: float = 4.36e-06
-    record_per_byte: float = 2.34e-09
+    heartbeat_per_actor: float = 2.86e-05
+    desk_per_call: float = 4.11e-04
+    desk_per_rollout: float = 2.90e-06
+    desk_per_byte: float = 1.26e-10
+    record_per_event: float = 5.73e-06
+    record_per_byte: float = 2.38e-09
     # On its actor's event loop; and more if it waits for something.
-    worker_per_rollout: float = 1.36e-05
-    worker_per_wait: float = 2.87e-05
-    queue_per_row: float = 4.80e-06
-    duplicates_per_row: float = 5.80e-07
-    backup_per_byte: float = 1.07e-09
-    check_per_byte: float = 1.15e-09
-    summary_per_row: float = 2.46e-06
+    worker_per_rollout: float = 1.02e-05
+    worker_per_wait: float = 1.18e-05
+    queue_per_row: float = 4.06e-06
+    duplicates_per_row: float = 5.77e-07
+    backup_per_byte: float = 9.91e-10
+    check_per_byte: float = 1.08e-09
+    summary_per_row: float = 2.73e-06
     # Beside the pickles of task and result.
     file_bytes_per_rollout: float = 1.72e02
 
@@ -88,8 +88,6 @@ class Cluster:
     do_calls_share_transactions: bool = False
     # Whether every actor's heartbeat looks for the dead, as worker processes' do, or the driver's.
     do_all_look_for_dead: bool = False
-    # The one actor is the driver itself: its event loop and the database share Python's lock.
-    is_in_process: bool = False
 
     @property
     def num_actors(self) -> int:
@@ -320,9 +318,8 @@ class Simulation:
         """Start what was claimed. Call again at once, when something ends, or to ask for news."""
         costs = self.costs
         cpu = costs.worker_per_rollout + (costs.worker_per_wait if self.cluster.seconds else 0.0)
-        loop = self.stations["database"] if self.cluster.is_in_process else actor.loop
         for task in claims:
-            begun = loop.serve(self.now, cpu)
+            begun = actor.loop.serve(self.now, cpu)
             self._at(begun + self._duration(), partial(self._finish, actor, task))
         actor.is_calling = False
         if actor.finished or len(claims) == self.cluster.batch:

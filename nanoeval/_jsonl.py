@@ -20,6 +20,8 @@ from pydantic import BaseModel
 
 # Python refuses to print larger integers in decimal.
 MAX_INT_BITS = 10_000
+# Longer messages are not kept in case they come again.
+MAX_KEPT_CHARS = 4_000
 
 
 def encode_line(record: dict[str, Any]) -> bytes:
@@ -29,8 +31,13 @@ def encode_line(record: dict[str, Any]) -> bytes:
     text (a data URL where they are no UTF-8), numpy what `tolist` gives, exceptions their type and
     message, NaN and infinities null, anything else its repr.
     """
+    prompt = encode_messages(record.get("prompt"))
     try:
-        text = _encode(record)
+        if prompt is None:
+            text = _encode(record)
+        else:
+            others = {key: value for key, value in record.items() if key != "prompt"}
+            text = f'{_encode(others)[:-1]}, "prompt": {prompt}}}'
     except Exception:  # a value's own code may raise anything; the slow way finds and replaces it
         text = _encode(_plain(record, ()))
     if not text.isascii():
@@ -41,6 +48,31 @@ def encode_line(record: dict[str, Any]) -> bytes:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, as in file names that are no UTF-8
         return json.dumps(json.loads(text)).encode() + b"\n"
+
+
+def encode_messages(messages: Any) -> str | None:
+    """The JSON of chat messages with a role and a text; None for anything else.
+
+    Each is encoded once as long as it comes again: the shots of a prompt go out with every request
+    and into every record.
+    """
+    if type(messages) is not list or not messages:
+        return None
+    parts = []
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str or type(content) is not str:
+            return None
+        is_short = len(content) <= MAX_KEPT_CHARS
+        parts.append((_message if is_short else _message.__wrapped__)(role, content))
+    return f"[{', '.join(parts)}]"
+
+
+@functools.lru_cache(maxsize=256)
+def _message(role: str, content: str) -> str:
+    return _encode({"role": role, "content": content})
 
 
 def _jsonable(value: Any) -> Any:  # noqa: PLR0911 - one line per kind of value

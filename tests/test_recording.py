@@ -595,3 +595,27 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"role": "user", "content": 'é\u2028"x"'}],
+        [{"role": "user", "content": "a"}, {"content": "b", "role": "assistant"}] * 2,
+        [{"role": "user", "content": "long" * 2_000}],
+        [{"role": "user", "content": "a", "name": "Ann"}],
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+        [{"role": "tool", "content": None}],
+        [{"role": "user", "content": "\ud800"}],
+        [{1: "user", "content": "a"}],
+        ["user"],
+        [],
+        "text",
+    ],
+)
+def test_prompts_are_recorded_as_they_are(prompt: Any) -> None:
+    """What is encoded once for all its shots would lose or mix up messages."""
+    record = {"sample_id": "q", "prompt": prompt, "sampled": "s"}
+    line = encode_line(record)
+    assert json.loads(line) == json.loads(json.dumps(record))
+    assert len(line.decode().splitlines()) == 1

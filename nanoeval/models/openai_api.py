@@ -14,6 +14,7 @@ from typing import Any, Literal
 import aiohttp
 import chz
 
+from nanoeval._jsonl import encode_messages
 from nanoeval.models._concurrency import AdaptiveLimit, Limiter
 from nanoeval.models._http import (
     BODY_START,
@@ -175,7 +176,7 @@ class OpenAIModel(Model):
         path = "chat/completions" if self.api == "chat" else "completions"
         started = time.perf_counter()
         async with self._client() as client:
-            exchange = await client.send("POST", path, json.dumps(body).encode(), _read_reply)
+            exchange = await client.send("POST", path, _encode(body), _read_reply)
         completion = _completion(exchange)
         try:
             recorder = get_recorder()
@@ -283,6 +284,14 @@ def model_names(reply: Any) -> list[str]:
     """The names in a reply of /models; empty for one of another form."""
     data = reply.get("data") if isinstance(reply, dict) else None
     return [str(entry["id"]) for entry in data or [] if isinstance(entry, dict) and "id" in entry]
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    messages = encode_messages(body.get("messages"))
+    if messages is not None and messages.isascii():
+        others = {key: value for key, value in body.items() if key != "messages"}
+        return f'{json.dumps(others)[:-1]}, "messages": {messages}}}'.encode()
+    return json.dumps(body).encode()
 
 
 @dataclass(frozen=True)
