@@ -146,7 +146,8 @@ async def heartbeat_costs(folder: str) -> dict[str, float]:
         db.execute("UPDATE executor SET host_id = 'elsewhere'")
 
         def median_of(work: Callable[[sqlite3.Connection], object]) -> float:
-            return statistics.median(seconds_of(lambda: in_transaction(db, work)) for _ in range(50))
+            beats = [seconds_of(lambda: in_transaction(db, work)) for _ in range(50)]
+            return statistics.median(beats)
 
         alone = median_of(lambda db: beat(db, executor_id, 3600))
         looking = median_of(lambda db: reap(db, losses=1))
@@ -217,9 +218,7 @@ class EndlessStore:
         counts = (self._n, self._num_done, 0, 0, 0, 0, 0.0, self._num_claimed - self._num_done)
         progress = Progress("running", 4096, *counts)
         payloads = self._payload * len(rows)
-        return Exchange(
-            progress, num_claims=len(rows), columns=json.dumps(rows), payloads=payloads
-        )
+        return Exchange(progress, num_claims=len(rows), columns=json.dumps(rows), payloads=payloads)
 
     async def release(self, executor_id: int, eval_id: int) -> None:
         pass

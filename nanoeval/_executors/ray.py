@@ -161,7 +161,7 @@ class RayPool:
             if not ray.is_initialized():
                 self._join_or_start()
                 self._is_ours = True
-            elif self._runner.ray_address not in {None, "auto", (here := _connected_to())}:
+            elif self._runner.ray_address not in {None, "auto", "local", (here := _connected_to())}:
                 raise RayClusterError(
                     f"ray_address={self._runner.ray_address!r}, but this process is connected to"
                     f" the cluster at {here!r}; leave ray_address out, or call ray.shutdown() first"
