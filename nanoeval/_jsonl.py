@@ -113,7 +113,7 @@ def encoder(default: Callable[[Any], Any], allow_nan: bool) -> Callable[[Any], s
     make_encoder = getattr(json.encoder, "c_make_encoder", None)
     if make_encoder is None:  # not CPython
         return json.JSONEncoder(ensure_ascii=False, allow_nan=allow_nan, default=default).encode
-    as_text = json.encoder.encode_basestring  # type: ignore[attr-defined]
+    as_text = json.encoder.encode_basestring
     encode = make_encoder(None, default, as_text, None, ": ", ", ", False, False, allow_nan)
     return lambda value: "".join(encode(value, 0))
 
