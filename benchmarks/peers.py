@@ -1,6 +1,6 @@
 """nanoeval beside inspect-ai and lm-evaluation-harness, on the same workloads in one session.
 
-    python benchmarks/peers.py [--only noop http] [--repeat 3] [--json results.json] [--markdown]
+    python benchmarks/peers.py [--only noop http] [--repeat 3] [--json results.json] [--readme]
 
 Each tool has a virtual environment of its own, which is made here where it is missing (this alone
 needs the network); nanoeval is installed anew from this checkout each time. The tools take turns,
@@ -12,7 +12,8 @@ of one question: without its imports, which would tell against the larger tools 
 these. The seconds of the whole process, warm-up included, are shown too.
 
 `--json` keeps what the file has of workloads not measured now, so that workloads can be measured
-one at a time; `--only` without names then prints the whole.
+one at a time; `--only` without names then prints the whole. `--readme` puts the table, with machine
+and versions, into `benchmarks/README.md`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# The place of the table in README.md.
+BEGIN, END = "<!-- written by peers.py -->", "<!-- until here -->"
 OURS = "nanoeval"
 LATENCY = 0.2
 TIMEOUT = 300.0
@@ -241,6 +244,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_into(page: Path, text: str) -> None:
+    """Put `text` in the place that `page` has for it."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, f"{page} has no place for the table, between {BEGIN!r} and {END!r}"
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
 def peers_ahead(results: dict[str, Any]) -> list[str]:
     """A line for each workload and figure of time in which a peer beats nanoeval."""
     ahead = []
@@ -259,7 +270,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=WORKLOADS, help="measure these workloads")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; the median counts")
     parser.add_argument("--json", type=Path, help="also write the results here, beside older ones")
-    parser.add_argument("--markdown", action="store_true", help="print nothing but the table")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     parser.add_argument("--environments", type=Path, default=cache, help="the tools' folder")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"workloads": {}}
@@ -277,9 +288,9 @@ def main() -> None:
         results["workloads"][key] = run_workload(key, pythons, arguments.repeat)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
-    print(table(results))
-    if not arguments.markdown:
-        print("", *peers_ahead(results) or ["No peer is ahead."], sep="\n")
+    print(table(results), "", *peers_ahead(results) or ["No peer is ahead."], sep="\n")
+    if arguments.readme:
+        write_into(HERE / "README.md", table(results))
 
 
 if __name__ == "__main__":
