@@ -208,6 +208,43 @@ class BreakingOnce(Sums):
         return await super().evaluate(task)
 
 
+async def test_actors_get_the_options_that_were_asked_for(cluster: Any, tmp_path: Path) -> None:
+    """Rollouts would miss their GPU, their custom resource or their environment."""
+    node = cluster.add_node(num_cpus=1, num_gpus=2, resources={"tape": 3})
+    cluster.wait_for_nodes()
+    options = {
+        "num_cpus": 0.5,
+        "num_gpus": 1,
+        "resources": {"tape": 2},
+        "runtime_env": {"env_vars": {"COLOUR": "blue"}},
+    }
+    log = tmp_path / "log"
+    runner = {"executor": "ray", "ray_num_actors": 1, "ray_actor_options": options}
+    try:
+        await run(spec(Looking(n=3, log=str(log)), **runner))
+    finally:
+        cluster.remove_node(node, allow_graceful=True)
+    for line in lines(log):
+        found = json.loads(line)
+        assert found["COLOUR"] == "blue"
+        assert found["CUDA_VISIBLE_DEVICES"] in {"0", "1"}
+        assert (found["CPU"], found["tape"]) == (0.5, 2)
+    assert len(lines(log)) == 3
+
+
+@chz.chz
+class Looking(Sums):
+    """Notes what its actor has."""
+
+    async def evaluate(self, task: Any) -> bool:
+        import ray
+
+        has = ray.get_runtime_context().get_assigned_resources()
+        names = ("COLOUR", "CUDA_VISIBLE_DEVICES")
+        append(self.log, json.dumps(has | {name: os.environ.get(name) for name in names}))
+        return True
+
+
 async def test_workers_without_room_are_told_of(
     cluster: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
