@@ -128,7 +128,10 @@ class History:
         first, last = float(starts[0]), max(float(ends[-1]), now or 0.0)
         width = max((last - first) / POINTS, 1e-3)
         # Whole buckets only: the end of one that has just begun would look like a collapse.
-        edges = first + width * np.arange(max(int((last - first) / width), 1) + 1)
+        n = max(int((last - first) / width), 1)
+        if now is None:  # over: the buckets end with the run
+            width = max((last - first) / n, 1e-3)
+        edges = np.linspace(first, first + n * width, n + 1)
         per_second = np.diff(np.searchsorted(ends, edges, "right")) * self.step / width
         ended = np.searchsorted(starts, edges, "right") - np.searchsorted(ends, edges, "right")
         still = np.searchsorted(np.sort(starts_in_flight), edges, "right")
