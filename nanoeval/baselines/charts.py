@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanoeval.baselines.report import group_accuracies
+from nanoeval.baselines.summary import group_accuracies
 
 INSTALL = 'pip install "nanoeval[hf]"'
 INCHES_PER_BAR = 0.24

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoeval.baselines.summary import group_accuracies
 from nanoeval.eval import RolloutSystemError
 
 if TYPE_CHECKING:
@@ -91,13 +92,6 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Labels and values: the totals, then one accuracy for each group."""
     rows = [(key, summary[key]) for key in TABLE_KEYS if summary.get(key) is not None]
     return rows + list(group_accuracies(summary).items())
-
-
-def group_accuracies(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy by subject or category; empty for a benchmark without groups."""
-    if "per_category" in summary:
-        return {name: group["accuracy"] for name, group in summary["per_category"].items()}
-    return dict(summary.get("per_subject", {}))
 
 
 def write_table(path: Path, rows: Sequence[tuple[str, float]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nanoeval._statistics import accuracy_interval, clustered_stderr
@@ -38,6 +38,13 @@ def summarize(task: str, results: Sequence[tuple[Example, Verdict]]) -> dict[str
         summary["per_subject_stderr"] = {n: g["accuracy_stderr"] for n, g in own.items()}
         summary["per_subject_examples"] = {name: len(scores) for name, scores in groups.items()}
     return summary
+
+
+def group_accuracies(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy by subject or category; empty for a benchmark without groups."""
+    if "per_category" in summary:
+        return {name: group["accuracy"] for name, group in summary["per_category"].items()}
+    return dict(summary.get("per_subject", {}))
 
 
 def _accuracy(scores: Sequence[tuple[str, float]]) -> dict[str, Any]:
