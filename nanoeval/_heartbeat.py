@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -45,10 +47,15 @@ class Heartbeat:
     def _run(self) -> None:
         interval = min(self._lease / 4, 2.0)
         db: sqlite3.Connection | None = None
+        beaten_at = time.time()
         while not self._stop.wait(interval):
+            # After the machine slept, or its clock was set, every lease looks old: until the others
+            # have had the time to renew theirs too, that says nothing about them.
+            is_late = time.time() - beaten_at > self._lease / 2
+            beaten_at = time.time()
             try:
                 db = db or connect(self._path)
-                reaped = in_transaction(db, self._beat)
+                reaped = in_transaction(db, partial(self._beat, may_reap=not is_late))
                 if self._on_reaped is not None:
                     for process, requeued in reaped:
                         self._on_reaped(process, requeued)
@@ -57,6 +64,6 @@ class Heartbeat:
         if db is not None:
             db.close()
 
-    def _beat(self, db: sqlite3.Connection) -> list[tuple[ProcessIdentity, int]]:
+    def _beat(self, db: sqlite3.Connection, may_reap: bool) -> list[tuple[ProcessIdentity, int]]:
         beat(db, self._executor_id, self._lease)
-        return [] if self._on_reaped is None else reap(db, losses=1)
+        return reap(db, losses=1) if may_reap and self._on_reaped is not None else []

@@ -36,7 +36,7 @@ class UnexpectedRolloutError(RolloutSystemError):
     @classmethod
     def from_error(cls, error: BaseException) -> UnexpectedRolloutError:
         """Wrap `error`, keeping its message and its type's name."""
-        wrapped = cls(str(error))
+        wrapped = cls(message_of(error))
         wrapped.original_type = type(error).__name__
         return wrapped
 
@@ -125,9 +125,9 @@ def dump_error(error: BaseException, what: str) -> bytes:
         _codec.loads(blob)
         return blob
     except Exception:  # an exception's own constructor may raise anything when it is unpickled
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {message_of(error)}"
         if isinstance(error, UnexpectedRolloutError):
-            stand_in: Exception = UnexpectedRolloutError(str(error))
+            stand_in: Exception = UnexpectedRolloutError(message_of(error))
             stand_in.original_type = error.original_type  # type: ignore[attr-defined]
             return _codec.dumps(stand_in, what)
         base = RolloutSystemError if isinstance(error, RolloutSystemError) else RuntimeError
@@ -142,6 +142,14 @@ def noting(note: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(note)
         raise
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says, even where its own `__str__` raises."""
+    try:
+        return encodable(str(error))
+    except Exception as reason:  # anybody's code
+        return f"<{type(error).__name__} whose __str__ raised {type(reason).__name__}>"
 
 
 def format_traceback(error: BaseException) -> str:

@@ -147,7 +147,11 @@ ALTER TABLE eval ADD COLUMN num_running INTEGER NOT NULL DEFAULT 0;
 UPDATE eval SET num_running = (SELECT count(*) FROM claim AS c WHERE c.eval_id = eval.id);
 """
 
-MIGRATIONS = (_INITIAL, _COUNT_CLAIMS)
+_FIND_LOST_ONES = """
+CREATE INDEX task_lost ON task (eval_id, state, losses) WHERE losses > 0;
+"""
+
+MIGRATIONS = (_INITIAL, _COUNT_CLAIMS, _FIND_LOST_ONES)
 
 
 class NewerSchemaError(RuntimeError):

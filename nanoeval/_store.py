@@ -37,6 +37,12 @@ RESULTS_PER_READ = 2000
 BATCH_BYTES = 16 * 2**20
 # Rows that one INSERT takes in. A few sizes only, so that its statements stay prepared.
 ROWS_PER_STATEMENT = (512, 64, 8, 1)
+# How many rollouts an executor may have in all, with one among them whose executors have died once,
+# twice, and so on; later one alone. So a rollout that kills its process is told from those that
+# merely were beside it.
+GROUP_AFTER_LOSSES = (256, 32, 4)
+ALONE_AFTER = len(GROUP_AFTER_LOSSES) + 1
+ANY_LOSSES = (0, 2**31)
 
 CREATE_RUN_SET = """
 INSERT INTO run_set (id, created_at, nanoeval_version, host, command)
@@ -151,6 +157,16 @@ ADD_RETRY_PAYLOAD = """
 INSERT INTO task_payload (task_id, preview, payload)
 SELECT :id, p.preview, :payload FROM task_payload AS p WHERE p.task_id = :task_id"""
 
+HAS_LOST_ONES = """
+SELECT EXISTS (
+    SELECT 1 FROM task AS t WHERE t.eval_id = :eval_id AND t.losses > 0 AND t.state IN (0, 1))"""
+HELD = """
+SELECT count(*), coalesce(max(t.losses), 0)
+FROM claim AS c JOIN task AS t ON t.id = c.task_id WHERE c.executor_id = :executor_id"""
+LEAST_LOST = """
+SELECT min(t.losses) FROM task AS t
+WHERE t.eval_id = :eval_id AND t.losses > 0 AND t.state = 0 AND t.not_before <= :now"""
+
 # One row for all: their number, their ids, their columns as JSON in the order of Claim, and their
 # pickles as one blob. The longest due come first.
 DUE_TASKS = """
@@ -160,6 +176,7 @@ WITH due AS (
         sum(length(p.payload)) OVER (ORDER BY t.not_before, t.id ROWS UNBOUNDED PRECEDING) AS bytes
     FROM task AS t JOIN task_payload AS p ON p.task_id = t.id
     WHERE t.eval_id = :eval_id AND t.state = 0 AND t.not_before <= :now
+        AND t.losses BETWEEN :least_losses AND :most_losses
     ORDER BY t.not_before, t.id LIMIT :limit)
 SELECT count(*), json_group_array(d.id),
     json_group_array(json_array(
@@ -262,6 +279,10 @@ FROM json_each(:seqs) AS j
     CROSS JOIN outcome AS o ON o.seq = j.value
     CROSS JOIN outcome_payload AS r ON r.seq = o.seq
     CROSS JOIN task_payload AS p ON p.task_id = o.task_id"""
+
+
+# Their number, columns and pickles; see `Exchange`.
+NO_CLAIMS = (0, "[]", b"")
 
 
 class DuplicateTaskError(ValueError):
@@ -760,15 +781,45 @@ def _exchange(
     if num_sharers > 1:
         num_queued = progress.num_tasks - progress.num_done - progress.num_running
         free = min(free, max(1, num_queued // (2 * num_sharers)))
-    num_claims, columns, payloads = 0, "[]", b""
+    num_claims, columns, payloads = NO_CLAIMS
+    has_lost_ones = False
     if free > 0 and progress.state == "running" and not progress.is_done:
-        num_claims, ids, columns, payloads = db.execute(DUE_TASKS, row | {"limit": free}).fetchone()
-        if num_claims:
-            db.execute(TAKE, row | {"ids": ids})
+        (has_lost_ones,) = db.execute(HAS_LOST_ONES, row).fetchone()
+        take = _take_in_groups if has_lost_ones else _take
+        num_claims, columns, payloads = take(db, row, free)
     next_due = None
-    if num_claims < wanted:
+    if num_claims < wanted and not has_lost_ones:
         (next_due,) = db.execute(NEXT_DUE, row).fetchone()
     return Exchange(progress, next_due, False, num_claims, columns, payloads)
+
+
+def _take(
+    db: sqlite3.Connection,
+    row: dict[str, Any],
+    limit: int,
+    losses: tuple[int, int] = ANY_LOSSES,
+) -> tuple[int, str, bytes]:
+    """Claim up to `limit` due tasks with so many losses: their number, columns and pickles."""
+    due = {"limit": limit, "least_losses": losses[0], "most_losses": losses[1]}
+    num_claims, ids, columns, payloads = db.execute(DUE_TASKS, row | due).fetchone()
+    if num_claims:
+        db.execute(TAKE, row | {"ids": ids})
+    return num_claims, columns, payloads
+
+
+def _take_in_groups(
+    db: sqlite3.Connection, row: dict[str, Any], limit: int
+) -> tuple[int, str, bytes]:
+    """Claim like `_take`, those without losses first, then the others in ever smaller groups."""
+    num_held, most_losses = db.execute(HELD, row).fetchone()
+    if most_losses == 0:
+        without = _take(db, row, limit, (0, 0))
+        (most_losses,) = db.execute(LEAST_LOST, row).fetchone()
+        if without[0] or most_losses is None:
+            return without
+    group = GROUP_AFTER_LOSSES[most_losses - 1] if most_losses < ALONE_AFTER else 1
+    room = min(limit, group - num_held)
+    return _take(db, row, room, (1, most_losses)) if room > 0 else NO_CLAIMS
 
 
 def _hand_in(db: sqlite3.Connection, row: dict[str, Any], finishes: Sequence[Finish]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from nanoeval import _codec, _outcomes, _schema
 from nanoeval._database_file import StoreError
-from nanoeval._store import BATCH_BYTES, Claim, Exchange, Finish, Progress
+from nanoeval._store import ALONE_AFTER, BATCH_BYTES, Claim, Exchange, Finish, Progress
 from nanoeval.asyncio_utils import cancel_task, uninterrupted
 from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
 from nanoeval.recorder import set_default_recorder
@@ -34,6 +34,8 @@ MAX_HELD_BYTES = 4 * BATCH_BYTES
 FIRST_POLL = 0.005
 LONGEST_POLL = 0.25
 LONGEST_BACKOFF = 60.0
+# The longest that a server which names its own wait is obeyed.
+LONGEST_RETRY_AFTER = 3600.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Worker:
         self._held_bytes = 0
         self._has_room_for_results = asyncio.Event()
         self._is_stopping = False
+        self._serving: asyncio.Task[Any] | None = None
         self._fatal: list[FatalRolloutError] = []
 
     def rollouts_in_flight(self) -> list[tuple[str, float]]:
@@ -115,6 +118,7 @@ class Worker:
         and claims are given back. Raises a group of FatalRolloutErrors if `evaluate` ended the
         run, StoreError if the database failed, and what the eval's `_context` raises.
         """
+        self._serving = asyncio.current_task()
         async with AsyncExitStack() as contexts:
             try:
                 await self._serve(contexts)
@@ -136,7 +140,8 @@ class Worker:
         await self._store.release(self._executor_id, self._job.eval_id)
 
     async def _end_rollouts(self) -> None:
-        # From here on a cancelled rollout is ours, not the eval's own doing.
+        # From here on a cancelled rollout is ours, not the eval's own doing. What it makes of that,
+        # a result or an error of its own, is not what an undisturbed one would have come to.
         self._is_stopping = True
         rollouts = list(self._running.values())
         for rollout in rollouts:
@@ -186,6 +191,10 @@ class Worker:
         finally:
             # What it brings too late is given back by `_wind_up`.
             await cancel_task(asking)
+
+    def _is_cancelled(self) -> bool:
+        """Whether this run was told to stop, though the loop has not come round to stopping it."""
+        return self._serving is not None and self._serving.cancelling() > 0
 
     def _room(self, num_coming: int = 0) -> int:
         """How many more rollouts than those `num_coming` this process may have, at most a batch."""
@@ -255,6 +264,8 @@ class Worker:
         while self._held_bytes > MAX_HELD_BYTES:
             self._has_room_for_results.clear()
             await self._has_room_for_results.wait()
+        if self._is_cancelled():
+            return  # it waited its turn behind rollouts that compute; the claim is given back
         started_at = time.time()
         group_id = f"{claim.attempt_id}.{claim.retry_idx}"
         self._started_at[claim.task_id] = (claim, started_at)
@@ -262,10 +273,10 @@ class Worker:
         limit = None
         try:
             task = _codec.loads(claim.payload)
-            if claim.losses and claim.losses > self._job.runner.max_retries:
+            if claim.losses > ALONE_AFTER and claim.losses > self._job.runner.max_retries:
                 raise _outcomes.LostRolloutError(
-                    f"the worker processes that ran this rollout died {claim.losses} times,"
-                    " most likely because of it (out of memory?)"
+                    f"the worker processes that ran this rollout died {claim.losses} times, in the"
+                    " end with no other at work, so most likely because of it (out of memory?)"
                 )
             with set_default_recorder(self._job.recorder, claim.question_id, group_id):
                 if timeout is None:
@@ -273,13 +284,15 @@ class Worker:
                 else:
                     async with asyncio.timeout(timeout) as limit:
                         result = await self._job.eval.evaluate(task)
+                if self._is_stopping:
+                    return  # the claim is given back
                 finish = self._scored(claim, started_at, result)
                 self._job.recorder.record_sample_completed()
         except BaseException as error:
             if self._running.get(claim.task_id) is not asyncio.current_task():
                 return  # the claim was taken back
-            if isinstance(error, asyncio.CancelledError) and self._is_stopping:
-                return  # cancelled by us: the claim is given back
+            if self._is_stopping:
+                return  # the claim is given back
             if limit is not None and limit.expired() and isinstance(error, TimeoutError):
                 error = _with_cause(
                     RolloutSystemError(f"the rollout took longer than rollout_timeout={timeout} s"),
@@ -306,19 +319,20 @@ class Worker:
 
     def _failed(self, claim: Claim, started_at: float, error: BaseException) -> Finish:
         """The outcome of a rollout that raised: tried again, recorded, or the end of the run."""
+        try:
+            return self._sorted_out(claim, started_at, error)
+        except Exception as unstorable:  # anybody's exception classes and tasks
+            unstorable.add_note(f"while a {type(error).__name__} of evaluate() was being stored")
+            finish = _raised(claim, started_at, unstorable)
+            self._end_run(finish, unstorable)
+            return finish
+
+    def _sorted_out(self, claim: Claim, started_at: float, error: BaseException) -> Finish:
         if isinstance(error, asyncio.CancelledError):
             error = _with_cause(
                 RolloutSystemError("the rollout was cancelled by the eval's own code"), error
             )
-        finish = Finish(
-            claim,
-            _schema.FAILED,
-            started_at,
-            time.time(),
-            error_type=type(error).__name__,
-            error_message=_outcomes.encodable(str(error)),
-            traceback=_outcomes.encodable(_outcomes.format_traceback(error)),
-        )
+        finish = _raised(claim, started_at, error)
         what = f"the error of task {claim.question_id!r}"
         if isinstance(error, RolloutSystemError):
             is_last = claim.retry_idx >= self._job.runner.max_retries
@@ -336,11 +350,14 @@ class Worker:
             stand_in = _outcomes.UnexpectedRolloutError.from_error(error)
             finish.payload = _outcomes.dump_error(stand_in, what)
         else:
-            finish.state = _schema.QUEUED
-            name = f"{claim.question_id}.{claim.attempt_id}"
-            self._fatal.append(FatalRolloutError(name, error))
+            self._end_run(finish, error)
         self._record_error(finish, error)
         return finish
+
+    def _end_run(self, finish: Finish, error: BaseException) -> None:
+        finish.state = _schema.QUEUED
+        name = f"{finish.claim.question_id}.{finish.claim.attempt_id}"
+        self._fatal.append(FatalRolloutError(name, error))
 
     def _record_error(self, finish: Finish, error: BaseException) -> None:
         claim = finish.claim
@@ -363,8 +380,9 @@ class Worker:
 
         At least half of each wait is kept, so that a server that limits rates does get its rest.
         """
-        if error.retry_after is not None:
-            return max(0.0, error.retry_after)
+        asked_for = _seconds(error.retry_after)
+        if asked_for is not None:
+            return min(max(0.0, asked_for), LONGEST_RETRY_AFTER)
         wait = min(LONGEST_BACKOFF, self._job.runner.retry_backoff * 2.0**retry_idx)
         return wait * random.uniform(0.5, 1.0)
 
@@ -377,6 +395,27 @@ class Worker:
             f" exceptions, more than fail_on_error={share} allows; each stands in the database and"
             " in the records. Mend the cause and resume, or allow a larger share"
         )
+
+
+def _raised(claim: Claim, started_at: float, error: BaseException) -> Finish:
+    return Finish(
+        claim,
+        _schema.FAILED,
+        started_at,
+        time.time(),
+        error_type=type(error).__name__,
+        error_message=_outcomes.message_of(error),
+        traceback=_outcomes.encodable(_outcomes.format_traceback(error)),
+    )
+
+
+def _seconds(retry_after: object) -> float | None:
+    """What a server asked for; None for what is no number of seconds, such as a header's date."""
+    try:
+        seconds = float(retry_after)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 def _size(finish: Finish) -> int:

@@ -23,7 +23,7 @@ from nanoeval._outcomes import noting
 from nanoeval._progress import ProgressBar, progress_bar
 from nanoeval._queueing import queue_eval, recorder_config, start_eval
 from nanoeval._run_set import RunSet, database_path, join_run_set, resume_command
-from nanoeval._store import StoredEval
+from nanoeval._store import Progress, StoredEval
 from nanoeval._summary_text import summary_text
 from nanoeval._worker import FatalRolloutError, Job
 from nanoeval.eval import (
@@ -57,6 +57,20 @@ __all__ = [
 ]
 
 EXECUTORS = {"in_process": in_process, "processes": processes, "ray": ray}
+
+
+class UnfinishedRunError(RuntimeError):
+    """A run stopped before all of its rollouts were done, for no reason that was raised."""
+
+    def __init__(self, name: str, progress: Progress) -> None:
+        why = (
+            "its executor gave up"
+            if progress.state == "running"
+            else f"another process has set its state to {progress.state!r} meanwhile"
+        )
+        super().__init__(
+            f"{name} stopped with {progress.num_done} of {progress.num_tasks} rollouts done: {why}"
+        )
 
 
 async def run(spec: EvalSpec) -> dict[str, Any]:
@@ -148,7 +162,10 @@ async def _carry_out(
             with recorder:
                 async with background(*chores_of(run_set, job, bar)):
                     await executor.execute(run_set, job, bar.show)
-                bar.finish(await store.progress(eval_id))
+                progress = await store.progress(eval_id)
+                if not progress.is_done:
+                    raise UnfinishedRunError(name, progress)
+                bar.finish(progress)
                 summary = await _summarize(run_set, job)
                 recorder.record_final_report(summary)
             await store.end_eval(eval_id, "finished", to_json(summary))
@@ -193,8 +210,9 @@ async def _report_failure(run_set: RunSet, job: Job, error: BaseException) -> No
     try:
         text = "".join(traceback.format_exception(error))
         state = "interrupted" if interrupted else "failed"
-        await run_set.store.end_eval(job.eval_id, state, error=text)
         progress = await run_set.store.progress(job.eval_id)
+        if progress.state == "running":  # else another process has ended it
+            await run_set.store.end_eval(job.eval_id, state, error=text)
     except RuntimeError:
         pass  # the database itself failed: `error` says so
     kept = f"{progress.num_done} of {progress.num_tasks} results are kept. " if progress else ""

@@ -19,6 +19,7 @@ import chz
 
 from nanoeval._jsonl import encode_line, utc_timestamp
 from nanoeval._line_writer import LineWriter
+from nanoeval._outcomes import message_of
 from nanoeval._recorder_base import RecorderBase, event_time
 from nanoeval.recorder_protocol import RecorderConfig, RecorderProtocol, RunSpec
 
@@ -103,7 +104,7 @@ class JsonRecorder(RecorderBase):
             kwargs.setdefault("error_type", type(error).__name__)
             if "traceback" not in kwargs:
                 kwargs["traceback"] = "".join(traceback.format_exception(error))
-        message = None if error is None else str(error)
+        message = None if error is None else message_of(error)
         self._record("error", {"message": msg, "error": message}, kwargs)
 
     def record_extra(self, data: Any) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -496,3 +497,118 @@ def test_importing_the_library_is_quick() -> None:
 
     base = cpu("import chz, pydantic, structlog, tqdm")
     assert cpu("import nanoeval") < 1.7 * base
+
+
+@chz.chz
+class Stubborn(Sums):
+    """Makes something of being cancelled: what `answer` says."""
+
+    answer: str = "result"
+
+    async def evaluate(self, task: Any) -> bool:
+        if "SAMPLE_MENDED" in os.environ:
+            return True
+        try:
+            await asyncio.sleep(0 if task.a < 4 else 60)
+        except asyncio.CancelledError:
+            if self.answer == "system error":
+                raise RolloutSystemError("cancelled") from None
+            if self.answer == "error":
+                raise RuntimeError("cancelled") from None
+            return False
+        return True
+
+
+@pytest.mark.parametrize("answer", ["result", "system error", "error"])
+async def test_what_a_rollout_makes_of_being_stopped_is_no_result(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was interrupted and resumed would have failures that no other run has."""
+    eval = Stubborn(n=12, answer=answer)
+    running = asyncio.create_task(
+        run(spec(eval, run_set_id="stopped", max_retries=0, fail_on_error=False))
+    )
+    await asyncio.sleep(0.5)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError, match=None) as caught:
+        await running
+    assert "4 of 12 results are kept" in "".join(caught.value.__notes__)
+    monkeypatch.setenv("SAMPLE_MENDED", "1")
+    (summary,) = await resume("stopped")
+    assert (summary["num_scored"], summary["accuracy"]) == (12, 1.0)
+
+
+@chz.chz
+class Computing(Sums):
+    """Rollouts that never let go of the event loop."""
+
+    async def evaluate(self, task: Any) -> bool:
+        time.sleep(0.1)
+        return True
+
+
+async def test_a_run_whose_rollouts_compute_stops_after_the_one_at_work() -> None:
+    """Ctrl-C would wait for all that had been started, minutes of them."""
+    running = asyncio.create_task(run(spec(Computing(n=100), run_set_id="computing")))
+    await asyncio.sleep(0.5)
+    started_at = time.monotonic()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert time.monotonic() - started_at < 2
+    (summary,) = await resume("computing")
+    assert summary["num_scored"] == 100
+
+
+class Speechless(RuntimeError):
+    """Cannot even say what it is."""
+
+    def __str__(self) -> str:
+        raise KeyError("no message")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RolloutSystemError("429", retry_after="Wed, 21 Oct 2026 07:28:00 GMT"),  # type: ignore[arg-type]
+        RolloutSystemError("429", retry_after="0.01"),  # type: ignore[arg-type]
+        RolloutSystemError("429", retry_after=float("nan")),
+        Speechless(),
+    ],
+)
+async def test_an_odd_error_is_an_outcome_like_any_other(error: Exception) -> None:
+    """The rollout would be neither done nor failed, and its run would wait for it for ever."""
+    summary = await asyncio.wait_for(
+        run(
+            spec(Raising(n=4, error=error), max_retries=1, retry_backoff=0.01, fail_on_error=False)
+        ),
+        timeout=20,
+    )
+    assert (summary["num_scored"], summary["num_failed"]) == (3, 1)
+
+
+@chz.chz
+class Raising(Sums):
+    """Question 2 raises `error`, each time."""
+
+    error: Exception = RuntimeError()
+
+    async def evaluate(self, task: Any) -> bool:
+        if task.a == 2:
+            raise self.error
+        return True
+
+
+async def test_a_run_that_another_process_ended_is_not_finished(database_folder: Path) -> None:
+    """A driver that slept while its run was resumed and interrupted elsewhere would call a third
+    of the results the whole."""
+    running = asyncio.create_task(run(spec(Stubborn(n=12), run_set_id="taken over")))
+    await asyncio.sleep(0.5)
+    with sqlite3.connect(database_folder / "taken over.db") as db:
+        db.execute("UPDATE eval SET state = 'interrupted'")
+    db.close()
+    with pytest.raises(RuntimeError, match=r"4 of 12 rollouts done: another process .*interrupted"):
+        await running
+    with sqlite3.connect(database_folder / "taken over.db") as db:
+        assert db.execute("SELECT state FROM eval").fetchone() == ("interrupted",)
+    db.close()

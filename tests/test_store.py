@@ -123,12 +123,52 @@ async def test_a_database_of_an_earlier_version_is_brought_up_to_date(
     async with open_store(path, 6, concurrency=4) as (store, eval_id, executor_id):
         await store.exchange(executor_id, eval_id, [], 3)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("DROP INDEX task_lost")
         db.execute("ALTER TABLE eval DROP COLUMN num_running")
         db.execute("PRAGMA user_version = 1")
     async with Store(path, 60) as store:
         assert (await store.progress(eval_id)).num_running == 3
         other = await store.add_executor("worker")
         assert (await store.exchange(other, eval_id, [], 3)).num_claims == 1
+
+
+async def test_those_whose_executor_died_run_last_and_in_ever_smaller_groups(
+    tmp_path: Path,
+) -> None:
+    """A rollout that kills its process would take those beside it along, until all have failed."""
+    async with open_store(tmp_path / "s.db", 600) as (store, eval_id, _):
+        sizes = []
+        for _ in range(7):
+            executor_id = await store.add_executor("worker")
+            sizes.append((await store.exchange(executor_id, eval_id, [], 500)).num_claims)
+            await store.end_executor(executor_id, "process died", losses=1)
+        assert sizes == [500, 100, 256, 256, 88, 32, 32]
+        executor_id = await store.add_executor("worker")
+        for expected in (32, 0):
+            claims = (await store.exchange(executor_id, eval_id, [], 500)).claims()
+            assert (len(claims), {claim.losses for claim in claims} - {2}) == (expected, set())
+
+
+async def test_after_a_sleep_of_the_machine_nobody_is_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed lid, or a clock that was set, would cost all rollouts in flight elsewhere."""
+    async with open_store(tmp_path / "s.db", 4, lease=1) as (store, eval_id, driver_id):
+        other = await store.add_executor("worker")
+        await store.exchange(other, eval_id, [], 2)
+        dead: list[Any] = []
+        with contextlib.ExitStack() as beating:
+            beating.enter_context(
+                Heartbeat(store.path, driver_id, 1, lambda *death: dead.append(death))
+            )
+            await asyncio.sleep(0.1)
+            beating.enter_context(Heartbeat(store.path, other, 1))
+            await asyncio.sleep(0.25)
+            now = time.time
+            monkeypatch.setattr(time, "time", lambda: now() + 3600)
+            await asyncio.sleep(1.2)
+        assert dead == []
+        assert (await store.progress(eval_id)).num_running == 2
 
 
 async def test_duplicates_are_named(tmp_path: Path) -> None:
