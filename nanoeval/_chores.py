@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from nanoeval import _codec
 from nanoeval._database_file import backup
+from nanoeval._jsonl import encode_line
 from nanoeval._outcomes import noting
 from nanoeval._progress import ProgressBar
 from nanoeval._run_set import RunSet, backup_path
@@ -134,5 +134,5 @@ async def decoded(
 
 
 def to_json(summary: dict[str, Any]) -> str:
-    """A summary as it is kept in the database; what JSON does not know becomes text."""
-    return json.dumps(summary, default=str)
+    """A summary as it is kept in the database, whatever it holds."""
+    return encode_line(summary).decode().rstrip()

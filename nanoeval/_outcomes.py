@@ -54,10 +54,13 @@ def score_of(result: Any) -> float | None:
     if isinstance(result, bool):
         return float(result)
     is_mapping = isinstance(result, Mapping)
-    for name in ("correct", "is_correct", "score"):
-        value = result.get(name) if is_mapping else getattr(result, name, None)
-        if isinstance(value, bool | int | float) and math.isfinite(value):
-            return float(value)
+    try:
+        for name in ("correct", "is_correct", "score"):
+            value = result.get(name) if is_mapping else getattr(result, name, None)
+            if isinstance(value, bool | int | float) and math.isfinite(value):
+                return float(value)
+    except Exception:  # a property's own code, or an integer that is no float
+        return None
     return None
 
 
@@ -72,7 +75,10 @@ def preview(value: Any) -> str | None:
         if not own:
             return None
         value = own
-    text = encodable(_encode(_readable(value, depth=0)))
+    try:
+        text = encodable(_encode(_readable(value, depth=0)))
+    except Exception as error:  # a value's own code; Python prints no integer of 5,000 digits
+        return json.dumps(f"<no preview: {type(error).__name__}>")
     return text if len(text) <= PREVIEW_CHARS else json.dumps(text[:PREVIEW_CHARS] + " …")
 
 

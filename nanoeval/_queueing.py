@@ -48,8 +48,7 @@ async def queue_eval(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
         if needs_definitions and (definitions := _codec.main_definitions()) is not None:
             await run_set.store.set_definitions(definitions)
     except BaseException:
-        if inserting:
-            await asyncio.wait(inserting)
+        await asyncio.gather(*inserting, return_exceptions=True)
         await run_set.store.delete_eval(eval_id)
         raise
     return eval_id, num_tasks

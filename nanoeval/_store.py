@@ -103,8 +103,8 @@ ADD_TASK_PAYLOADS = "INSERT INTO task_payload (task_id, preview, payload)"
 
 # Once per eval: an index that refuses duplicates would cost more for each task.
 DUPLICATES = """
-SELECT t.question_id, t.attempt_id, t.retry_idx FROM task AS t WHERE t.eval_id = :eval_id
-GROUP BY t.question_id, t.attempt_id, t.retry_idx HAVING count(*) > 1
+SELECT t.question_id, t.attempt_id FROM task AS t WHERE t.eval_id = :eval_id
+GROUP BY t.question_id, t.attempt_id HAVING count(*) > 1
 ORDER BY min(t.id) LIMIT 6"""
 
 START_EVAL = """
@@ -286,7 +286,7 @@ NO_CLAIMS = (0, "[]", b"")
 
 
 class DuplicateTaskError(ValueError):
-    """An eval listed the same (question, attempt, retry) twice."""
+    """An eval listed the same attempt of a question twice."""
 
 
 class Claim(NamedTuple):
@@ -517,12 +517,12 @@ class Store:
         await self._write(partial(_delete_eval, eval_id=eval_id))
 
     async def refuse_duplicates(self, eval_id: int) -> None:
-        """Raise DuplicateTaskError if a (question, attempt, retry) was queued twice."""
+        """Raise DuplicateTaskError if an attempt of a question was queued twice."""
         rows = await self._read(lambda db: db.execute(DUPLICATES, {"eval_id": eval_id}).fetchall())
         if rows:
-            shown = ", ".join(f"({q!r}, {a}, {r})" for q, a, r in rows[:5])
+            shown = ", ".join(f"({q!r}, {a})" for q, a in rows[:5])
             raise DuplicateTaskError(
-                f"get_tasks() listed the same (question_id, attempt_id, retry_idx) twice: {shown}"
+                f"get_tasks() listed the same (question_id, attempt_id) twice: {shown}"
                 f"{' and more' if len(rows) > 5 else ''}; give repeated attempts of a question"
                 " different attempt_ids"
             )

@@ -104,6 +104,7 @@ class Worker:
         self._has_room_for_results = asyncio.Event()
         self._is_stopping = False
         self._serving: asyncio.Task[Any] | None = None
+        self._cancelled_before = 0
         self._fatal: list[FatalRolloutError] = []
 
     def rollouts_in_flight(self) -> list[tuple[str, float]]:
@@ -119,6 +120,19 @@ class Worker:
         run, StoreError if the database failed, and what the eval's `_context` raises.
         """
         self._serving = asyncio.current_task()
+        assert self._serving is not None
+        # A caller may have been cancelled, and have decided to go on, before.
+        self._cancelled_before = self._serving.cancelling()
+        try:
+            await self._serve_in_context()
+        except Exception as error:
+            if not self._fatal:
+                raise
+            raise ExceptionGroup("rollouts ended the run", [*self._fatal, error]) from None
+        if self._fatal:
+            raise ExceptionGroup("rollouts ended the run", self._fatal)
+
+    async def _serve_in_context(self) -> None:
         async with AsyncExitStack() as contexts:
             try:
                 await self._serve(contexts)
@@ -129,8 +143,6 @@ class Worker:
                 await uninterrupted(self._wind_up())
                 raise
             await uninterrupted(self._wind_up())
-        if self._fatal:
-            raise ExceptionGroup("rollouts ended the run", self._fatal)
 
     async def _wind_up(self) -> None:
         """End the rollouts at work, hand in what is finished and give back the rest."""
@@ -194,19 +206,34 @@ class Worker:
 
     def _is_cancelled(self) -> bool:
         """Whether this run was told to stop, though the loop has not come round to stopping it."""
-        return self._serving is not None and self._serving.cancelling() > 0
+        return self._serving is not None and self._serving.cancelling() > self._cancelled_before
 
     def _room(self, num_coming: int = 0) -> int:
         """How many more rollouts than those `num_coming` this process may have, at most a batch."""
         return max(0, int(min(CLAIM_BATCH, self._capacity - len(self._running) - num_coming)))
 
     async def _enter_eval(self, contexts: AsyncExitStack) -> None:
+        eval, name = self._job.eval, self._job.eval.get_name()
         contexts.enter_context(set_default_recorder(self._job.recorder, "", ""))
         try:
-            await contexts.enter_async_context(self._job.eval)
+            await eval.__aenter__()
+        except asyncio.CancelledError as error:
+            if self._is_cancelled():
+                raise
+            raise RuntimeError(f"{name}._context() raised CancelledError by itself") from error
         except Exception as error:
-            error.add_note(f"raised by {self._job.eval.get_name()}._context()")
+            error.add_note(f"raised by {name}._context()")
             raise
+
+        async def leave(*exc_info: Any) -> bool | None:
+            try:
+                return await eval.__aexit__(*exc_info)
+            except Exception as error:
+                if error is not exc_info[1]:
+                    error.add_note(f"raised by {name}._context() as it was left")
+                raise
+
+        contexts.push_async_exit(leave)
 
     def _share_of(self, concurrency: int | None) -> float:
         """How many rollouts this process may have, so that what it cannot keep up with others can.
@@ -287,7 +314,7 @@ class Worker:
                 if self._is_stopping:
                     return  # the claim is given back
                 finish = self._scored(claim, started_at, result)
-                self._job.recorder.record_sample_completed()
+                self._record_completed()
         except BaseException as error:
             if self._running.get(claim.task_id) is not asyncio.current_task():
                 return  # the claim was taken back
@@ -312,7 +339,7 @@ class Worker:
             _schema.SCORED,
             started_at,
             time.time(),
-            payload=_codec.dumps(result, "the result of task %r", claim.question_id),
+            payload=_codec.dumps_checked(result, "the result of task %r", claim.question_id),
             score=_outcomes.score_of(result),
             preview=_outcomes.preview(result),
         )
@@ -359,6 +386,14 @@ class Worker:
         name = f"{finish.claim.question_id}.{finish.claim.attempt_id}"
         self._fatal.append(FatalRolloutError(name, error))
 
+    def _record_completed(self) -> None:
+        try:
+            self._job.recorder.record_sample_completed()
+        except Exception as error:
+            recorder = type(self._job.recorder).__name__
+            error.add_note(f"raised by {recorder}.record_sample_completed")
+            raise
+
     def _record_error(self, finish: Finish, error: BaseException) -> None:
         claim = finish.claim
         group_id = f"{claim.attempt_id}.{claim.retry_idx}"
@@ -373,7 +408,7 @@ class Worker:
                 )
         except Exception as recorder_error:
             recorder_error.add_note(f"raised by {type(self._job.recorder).__name__}.record_error")
-            self._fatal.append(FatalRolloutError(claim.question_id, recorder_error))
+            self._end_run(finish, recorder_error)
 
     def _backoff(self, retry_idx: int, error: RolloutSystemError) -> float:
         """Seconds to the next try: what the error asks for, else doubling waits with full jitter.
@@ -383,7 +418,7 @@ class Worker:
         asked_for = _seconds(error.retry_after)
         if asked_for is not None:
             return min(max(0.0, asked_for), LONGEST_RETRY_AFTER)
-        wait = min(LONGEST_BACKOFF, self._job.runner.retry_backoff * 2.0**retry_idx)
+        wait = min(LONGEST_BACKOFF, self._job.runner.retry_backoff * 2.0 ** min(retry_idx, 60))
         return wait * random.uniform(0.5, 1.0)
 
     def _stop_if_too_many_failed(self, progress: Progress) -> None:

@@ -39,7 +39,15 @@ class Task(BaseModel):
 
     @field_validator("question_id")
     @classmethod
-    def _refuse_slash(cls, value: str) -> str:
+    def _refuse_unstorable(cls, value: str) -> str:
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"question_id={value!r} holds half of a character, which cannot be stored;"
+                    ' value.encode(errors="backslashreplace").decode() can'
+                ) from error
         if "/" in value:
             raise ValueError(
                 f'question_id={value!r} contains a "/", which names of files and links cannot'

@@ -155,7 +155,7 @@ async def _carry_out(
     executor = EXECUTORS[spec.runner.executor_name]
     before = await store.progress(eval_id)
     started_at = time.monotonic()
-    await _notify(spec, f"{name}: {before.num_tasks} tasks, run {job.run_id} starts")
+    await _notify(spec.runner, f"{name}: {before.num_tasks} tasks, run {job.run_id} starts")
     try:
         async with _watched(run_set, spec, before.num_tasks) as bar:
             bar.bar.initial = before.num_done
@@ -167,7 +167,8 @@ async def _carry_out(
                     raise UnfinishedRunError(name, progress)
                 bar.finish(progress)
                 summary = await _summarize(run_set, job)
-                recorder.record_final_report(summary)
+                with noting(f"raised by {type(recorder).__name__}.record_final_report"):
+                    recorder.record_final_report(summary)
             await store.end_eval(eval_id, "finished", to_json(summary))
     except BaseException as error:
         if isinstance(error, ExceptionGroup) and error.subgroup(FatalRolloutError):
@@ -177,7 +178,9 @@ async def _carry_out(
         await _report_failure(run_set, job, error)
         raise
     seconds = time.monotonic() - started_at
-    await _notify(spec, f"{name}: run {job.run_id} finished in {seconds:.0f} s", to_json(summary))
+    await _notify(
+        spec.runner, f"{name}: run {job.run_id} finished in {seconds:.0f} s", to_json(summary)
+    )
     if text := summary_text(name, summary, seconds):
         say(text)
     return summary | {"run_id": job.run_id}
@@ -224,15 +227,17 @@ async def _report_failure(run_set: RunSet, job: Job, error: BaseException) -> No
 
 
 async def _notify_failure(job: Job, error: BaseException) -> None:
-    if job.runner.enable_slackbot:
-        await get_library_config().send_user_notification(
-            f"{job.eval.get_name()}: run {job.run_id} failed: {type(error).__name__}: {error}"
-        )
+    message = f"run {job.run_id} failed: {type(error).__name__}: {error}"
+    await _notify(job.runner, f"{job.eval.get_name()}: {message}")
 
 
-async def _notify(spec: EvalSpec, message: str, extra: str | None = None) -> None:
-    if spec.runner.enable_slackbot:
+async def _notify(runner: RunnerArgs, message: str, extra: str | None = None) -> None:
+    if not runner.enable_slackbot:
+        return
+    try:
         await get_library_config().send_user_notification(message, extra)
+    except Exception as error:  # anybody's code; no run depends on being told of
+        say(f"nanoeval: a notification was not sent ({type(error).__name__}: {error}): {message}")
 
 
 def _unwrapped(job: Job, run_set: RunSet, group: BaseException) -> BaseExceptionGroup[Any]:
@@ -248,4 +253,4 @@ def _unwrapped(job: Job, run_set: RunSet, group: BaseException) -> BaseException
             errors.append(fatal.error)
         else:
             errors.append(fatal)
-    return BaseExceptionGroup(f"{job.eval.get_name()} ended by an exception in evaluate()", errors)
+    return BaseExceptionGroup(f"{job.eval.get_name()} ended by an exception in a rollout", errors)

@@ -44,6 +44,8 @@ class Odd(Sums):
             return []
         if self.what == "duplicates":
             return [Sum(question_id=f"q{i % 3}", a=i) for i in range(5)]
+        if self.what == "another retry":
+            return [Sum(question_id="q0", a=1), Sum(question_id="q0", a=1, retry_idx=1)]
         if self.what == "not a task":
             return [{"question_id": "q"}]
         if self.what == "unpicklable task":
@@ -54,7 +56,11 @@ class Odd(Sums):
     async def _context(self) -> AsyncIterator[None]:
         if self.what == "_context":
             raise AttributeError("no such attribute")
+        if self.what == "_context cancels":
+            raise asyncio.CancelledError
         yield
+        if self.what == "interrupt":
+            raise OSError("the pool is gone")
 
     async def evaluate(self, task: Any) -> Any:
         if self.what == "cancel":
@@ -86,11 +92,13 @@ class Locked(Task):
     ("what", "error", "says"),
     [
         ("no tasks", ValueError, "No tasks to evaluate"),
-        ("duplicates", ValueError, "('q0', 1, 0)"),
+        ("duplicates", ValueError, "('q0', 1)"),
         ("not a task", TypeError, "must return nanoeval.Task"),
         ("unpicklable task", TypeError, "task 'q7.1' cannot be pickled: .inner['deep'][0] holds a"),
         ("get_tasks", RuntimeError, "raised by sums.get_tasks()"),
         ("_context", AttributeError, "raised by sums._context"),
+        ("_context cancels", RuntimeError, "sums._context() raised CancelledError by itself"),
+        ("another retry", ValueError, "('q0', 1)"),
         ("get_summary", ZeroDivisionError, "all results are kept"),
     ],
 )
@@ -123,6 +131,8 @@ async def test_even_exits_raised_by_evaluate_end_the_run(
     with pytest.raises(BaseExceptionGroup) as caught:
         await run(spec(Odd(what=what), concurrency=1, run_set_id=what))
     assert isinstance(caught.value.exceptions[0], error)
+    if what == "interrupt":  # what the clean-up raised stands beside it, not in its place
+        assert "raised by sums._context() as it was left" in caught.value.exceptions[1].__notes__
     db = sqlite3.connect(database_folder / f"{what}.db")
     assert db.execute("SELECT num_scored, state FROM eval").fetchone() == (3, "failed")
     db.close()
@@ -612,3 +622,110 @@ async def test_a_run_that_another_process_ended_is_not_finished(database_folder:
     with sqlite3.connect(database_folder / "taken over.db") as db:
         assert db.execute("SELECT state FROM eval").fetchone() == ("interrupted",)
     db.close()
+
+
+async def test_a_run_after_a_cancellation_that_was_caught_does_its_work() -> None:
+    """The last small eval of a program that was interrupted would wait for ever."""
+
+    async def interrupted() -> dict[str, Any]:
+        asyncio.get_running_loop().call_soon(asyncio.current_task().cancel)  # type: ignore[union-attr]
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            return await run(spec(Sums(n=4)))
+        raise AssertionError("was not cancelled")
+
+    summary = await asyncio.wait_for(asyncio.create_task(interrupted()), timeout=20)
+    assert summary["num_scored"] == 4
+
+
+class OneWay(Exception):
+    """Can be pickled, but not be made again."""
+
+    def __init__(self, message: str, *, response: int) -> None:
+        super().__init__(message)
+
+
+class Shy:
+    """Whoever asks for its score, or how it looks, gets an error."""
+
+    @property
+    def score(self) -> float:
+        raise KeyError("no score")
+
+    def __repr__(self) -> str:
+        raise KeyError("no looks")
+
+
+@chz.chz
+class Returning(Sums):
+    """Question 2 returns `result`."""
+
+    result: Any = None
+
+    async def evaluate(self, task: Any) -> Any:
+        return self.result if task.a == 2 else True
+
+    async def get_summary(self, results: list[tuple[Any, Any]]) -> dict[str, Any]:
+        return {"num_true": sum(result is True for _, result in results)}
+
+
+async def test_a_result_that_could_not_be_read_again_ends_the_run_at_once() -> None:
+    """All rollouts would be paid for, and then no summary could ever be made."""
+    with pytest.raises(ExceptionGroup) as caught:
+        await run(spec(Returning(n=4, result={"error": OneWay("x", response=1)})))
+    (error,) = caught.value.exceptions
+    assert "the result of task 'q2' can be pickled, but not unpickled (TypeError" in str(error)
+
+
+@pytest.mark.parametrize("result", [Shy(), {"score": 10**400}, {"text": 10**5000}])
+async def test_a_result_without_a_preview_is_a_result(result: Any) -> None:
+    """What is only shown would end the run."""
+    assert (await run(spec(Returning(n=4, result=result))))["num_true"] == 3
+
+
+class Unreachable(LibraryConfig):
+    """Its messages reach nobody."""
+
+    async def send_user_notification(self, message: str, extra: str | None = None) -> None:
+        raise ConnectionError("no network")
+
+
+async def test_a_notification_that_fails_changes_nothing_of_a_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A summary would be lost, or an error be replaced, for a message."""
+    before = get_library_config()
+    set_library_config(Unreachable())
+    try:
+        assert (await run(spec(Sums(n=4))))["num_scored"] == 4
+        with pytest.raises(BaseExceptionGroup) as caught:
+            await run(spec(Odd(what="exit"), concurrency=1))
+        assert isinstance(caught.value.exceptions[0], GeneratorExit)
+    finally:
+        set_library_config(before)
+    assert "a notification was not sent (ConnectionError: no network)" in capsys.readouterr().err
+
+
+@chz.chz
+class Tabular(Sums):
+    """Summarizes by keys that are no strings."""
+
+    async def get_summary(self, results: Any) -> dict[str, Any]:
+        return {"by": {("a", 1): 0.5, 3: float("nan")}}
+
+
+async def test_a_summary_of_any_keys_is_kept(database_folder: Path) -> None:
+    """A run would fail at its very end, and again with each resume."""
+    summary = await run(spec(Tabular(n=2), run_set_id="keys"))
+    assert summary["by"]["a", 1] == 0.5
+    db = sqlite3.connect(database_folder / "keys.db")
+    (stored,) = db.execute("SELECT summary FROM eval").fetchone()
+    assert 0.5 in json.loads(stored)["by"].values()
+    db.close()
+
+
+def test_a_question_id_that_cannot_be_stored_is_refused() -> None:
+    """The run would end with an error that names nothing."""
+    with pytest.raises(ValidationError, match="half of a character"):
+        Task(question_id="smile \ud83d")

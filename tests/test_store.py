@@ -176,7 +176,7 @@ async def test_duplicates_are_named(tmp_path: Path) -> None:
     async with open_store(tmp_path / "s.db", 3) as (store, eval_id, _):
         await store.refuse_duplicates(eval_id)
         await store.add_tasks(eval_id, 3, new_tasks(2, first=1))
-        with pytest.raises(DuplicateTaskError, match=r"\('q1', 1, 0\), \('q2', 1, 0\)"):
+        with pytest.raises(DuplicateTaskError, match=r"\('q1', 1\), \('q2', 1\)"):
             await store.refuse_duplicates(eval_id)
 
 
