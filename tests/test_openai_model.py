@@ -36,6 +36,19 @@ def reply(text: str | None = "4", **extra: Any) -> web.Response:
     )
 
 
+STREAM = {"Content-Type": "text/event-stream"}
+
+
+def events(chunks: list[Any], line_end: str = "\n") -> web.Response:
+    lines = [f"data: {json.dumps(chunk)}" for chunk in chunks] + ["data: [DONE]"]
+    text = "".join(line + 2 * line_end for line in lines)
+    return web.Response(body=text.encode(), headers=STREAM)
+
+
+def piece(content: Any, **extra: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": content}, **extra}]}
+
+
 class Server:
     """A server whose every answer a test decides; keeps what it was sent."""
 
@@ -149,10 +162,22 @@ async def test_long_retry_after_is_handed_to_the_runner(server: Server) -> None:
     assert caught.value.retry_after == 3600
 
 
+async def test_long_retry_after_is_told_once(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that waits an hour in silence looks like one that hangs."""
+    server.answer = lambda request: web.Response(status=429, headers={"Retry-After": "3600"})
+    async with model_of(server) as model:
+        calls = [model.complete("hi") for _ in range(3)]
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert capsys.readouterr().err == f"nanoeval: {server.url} asks to be left alone for 3,600 s\n"
+
+
 def test_retry_after_reads_seconds_and_dates() -> None:
     """A date read as nothing would lose the server's wish."""
     assert parse_retry_after("7") == 7
     assert parse_retry_after("soon") is None
+    assert parse_retry_after("inf") is parse_retry_after("nan") is None
     assert parse_retry_after(None) is None
     later = parse_retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=30), True))
     assert later is not None
@@ -230,6 +255,11 @@ async def test_unreachable_server_is_a_system_error() -> None:
         (lambda: web.json_response({"choices": []}), "no_choices"),
         (lambda: web.json_response({"error": {"message": "x"}}), "error_reply"),
         (lambda: web.json_response(["no"]), "no_choices"),
+        (lambda: web.Response(text="[" * 100_000), "not_json"),
+        (lambda: events([{"choices": [None]}]), "bad_event"),
+        (lambda: events([{"choices": 5}]), "bad_event"),
+        (lambda: events([{"choices": [{"index": "first"}]}]), "bad_event"),
+        (lambda: web.Response(text="data: " + "[" * 100_000, headers=STREAM), "not_json"),
     ],
 )
 async def test_useless_reply_is_a_system_error(server: Server, answer: Any, kind: str) -> None:
@@ -285,6 +315,34 @@ async def test_streamed_reply_equals_the_unstreamed_one(server: Server) -> None:
     with pytest.raises(ServerFailure) as caught:
         await model_of(server, stream=True, max_tries=1).complete("hi")
     assert caught.value.kind == "cut"
+
+
+async def test_stream_with_parts_of_content_is_read(server: Server) -> None:
+    """Servers that stream content as a list, after an empty text, would end the run."""
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": None}]
+    server.answer = lambda request: events([piece(""), piece(parts, index=None), piece("2")])
+    completion = await model_of(server, stream=True).complete("hi")
+    assert completion.text == "42"
+    assert completion.time_to_first_token is not None
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+async def test_every_form_of_events_is_read(server: Server, line_end: str) -> None:
+    """The standard allows an event of several data lines, and three ends of a line."""
+    whole = json.dumps(piece("an answer", finish_reason="stop"), indent=1).splitlines()
+    text = line_end.join([*(f"data: {line}" for line in whole), ": comment", "", ""])
+    body = (text + f"data: [DONE]{line_end}{line_end}").encode()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=STREAM)
+        await response.prepare(request)
+        for start in range(0, len(body), 3):
+            await response.write(body[start : start + 3])
+        return response
+
+    server.answer = stream
+    completion = await model_of(server, stream=True, max_tries=1).complete("hi")
+    assert (completion.text, completion.finish_reason) == ("an answer", "stop")
 
 
 async def test_server_that_ignores_stream_still_answers(server: Server) -> None:
@@ -343,6 +401,39 @@ async def test_key_is_sent_but_never_shown_or_stored(
     assert sent == [f"Bearer {KEY}"] * 2 + ["Bearer from-environment", "Bearer other"]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda text: web.Response(status=400, text=text),
+        lambda text: web.Response(status=401, reason=text),
+        lambda text: web.Response(status=500, text="x" * (300 - len(KEY)) + text),
+        lambda text: web.Response(text=text),
+        lambda text: web.json_response({"error": text}),
+        lambda text: web.Response(text=f"data: {text}\n\n", headers=STREAM),
+        lambda text: web.Response(status=307, headers={"Location": f"/?{text}"}),
+    ],
+)
+async def test_key_that_a_server_echoes_is_not_shown(server: Server, answer: Any) -> None:
+    """The key would stand on the terminal, in the results and in the database."""
+    server.answer = lambda request: answer(request.headers["Authorization"])
+    with pytest.raises((RequestRefused, ServerFailure)) as caught:
+        await model_of(server, api_key=KEY, max_tries=1).complete("hi")
+    assert "***" in str(caught.value)
+    for start in range(len(KEY) - 4):
+        assert KEY[start : start + 5] not in str(caught.value) + caught.value.body
+
+
+@pytest.mark.parametrize("status", [301, 307, 308])
+async def test_redirected_request_names_its_target(server: Server, status: int) -> None:
+    """A 301 makes a GET of a POST, which servers refuse with a status that explains nothing."""
+    target = f"{server.url}/elsewhere/chat/completions"
+    server.answer = lambda request: web.Response(status=status, headers={"Location": target})
+    with pytest.raises(RequestRefused, match=f"redirects to {target}; use that address") as caught:
+        await model_of(server).complete("hi")
+    assert caught.value.status == status
+    assert len(server.bodies) == 1
+
+
 async def test_base_url_comes_from_the_environment(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +469,10 @@ async def test_models_are_listed(server: Server) -> None:
     """The one served model is found by this list."""
     server.answer = lambda request: web.json_response({"data": [{"id": "a"}, {"id": "b"}]})
     assert await model_of(server).list_models() == ["a", "b"]
+    server.answer = lambda request: web.json_response([{"id": "a"}, {"id": "a"}])
+    assert await model_of(server).list_models() == ["a"]
+    server.answer = lambda request: web.json_response({"data": 5})
+    assert await model_of(server).list_models() == []
 
 
 ECHO = {
