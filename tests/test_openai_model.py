@@ -22,6 +22,7 @@ from nanoeval.models._http import parse_retry_after
 from nanoeval.models._logprobs import ServerLacks, score_echo
 from nanoeval.models._messages import hide_images, image_part
 from nanoeval.models.openai_api import OpenAIModel, RequestRefused, ServerFailure
+from nanoeval.models.probe import probe
 from nanoeval.models.scripted import ScriptedModel
 from nanoeval.recorder import set_default_recorder
 
@@ -449,6 +450,7 @@ async def test_base_url_comes_from_the_environment(
         ({"timeout": 0.0}, "timeout=0.0 must be above 0"),
         ({"max_tries": 0}, "max_tries=0"),
         ({"num_concurrent": 0}, "num_concurrent=0"),
+        ({"params": {"prompt": "x"}}, "prompt='x' would replace what is asked of the server"),
     ],
 )
 def test_bad_field_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
@@ -473,6 +475,32 @@ async def test_models_are_listed(server: Server) -> None:
     assert await model_of(server).list_models() == ["a"]
     server.answer = lambda request: web.json_response({"data": 5})
     assert await model_of(server).list_models() == []
+
+
+@pytest.mark.parametrize("limit", [None, "many", 4])
+async def test_probe_leaves_a_limit_that_it_need_not_cut(server: Server, limit: Any) -> None:
+    """A run with a limit of another form would end in a traceback before its first sample."""
+    found = await probe(model_of(server), params={"max_tokens": limit})
+    assert found.completion is not None
+    assert [body["max_tokens"] for body in server.bodies] == [limit]
+
+
+async def test_probe_that_is_refused_asks_once_more_as_the_run_will(server: Server) -> None:
+    """min_tokens=64 goes with max_tokens=512, but not with what the probe makes of it."""
+
+    async def answer(request: web.Request) -> web.Response:
+        body = await request.json()
+        is_bad = body["min_tokens"] > body["max_tokens"]
+        return web.Response(status=400, text="min_tokens") if is_bad else reply()
+
+    server.answer = answer
+    model = model_of(server, params={"min_tokens": 64, "max_tokens": 512})
+    assert (await probe(model)).model == model
+    assert [body["max_tokens"] for body in server.bodies] == [16, 512]
+    server.answer = lambda request: web.Response(status=400, text="no")
+    with pytest.raises(RequestRefused):
+        await probe(model)
+    assert len(server.bodies) == 4
 
 
 ECHO = {

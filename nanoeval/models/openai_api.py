@@ -35,6 +35,8 @@ from nanoeval.recorder import get_recorder
 __all__ = ["OpenAICompletion", "OpenAIModel", "RequestRefused", "ServerFailure", "ServerLacks"]
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
+# What a request is about; `params` say how it is to be answered.
+OWN_FIELDS = ("model", "messages", "prompt")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ class OpenAIModel(Model):
     def _check_values(self) -> None:
         if self.base_url is not None:
             check_base_url(self.base_url)
+        if own := [name for name in OWN_FIELDS if name in self.params]:
+            raise ValueError(
+                f"the request parameter {own[0]}={self.params[own[0]]!r} would replace what is"
+                " asked of the server; leave it out"
+            )
         if self.max_tries < 1:
             raise ValueError(f"max_tries={self.max_tries} must be at least 1")
         for name in ("connect_timeout", "timeout"):
