@@ -562,17 +562,26 @@ async def test_num_concurrent_bounds_requests_in_flight(server: Server) -> None:
     assert most == 3
 
 
-async def simulate(limit: AdaptiveLimit, capacity: int, seconds: float = 4.0) -> float:
-    """Drive a limiter against a server that does `capacity` requests at once, 10 ms each."""
+async def simulate(
+    limit: AdaptiveLimit, capacity: int, seconds: float = 4.0, refused: int | None = None
+) -> float:
+    """Drive a limiter against a server that does `capacity` requests at once, 10 ms each.
+
+    Of `refused` requests it refuses one, at any load. Returns answers per second.
+    """
     limiter = Limiter(limit)
     desk = asyncio.Semaphore(capacity)
-    done = 0
+    done = num_sent = 0
     stop = time.perf_counter() + seconds
 
     async def client() -> None:
-        nonlocal done
+        nonlocal done, num_sent
         while time.perf_counter() < stop:
-            async with limiter.slot():
+            async with limiter.slot() as slot:
+                num_sent += 1
+                if refused is not None and num_sent % refused == 0:
+                    slot.report(throttled=True)
+                    continue
                 async with desk:
                     await asyncio.sleep(0.01)
                 done += 1
@@ -587,6 +596,14 @@ async def test_auto_finds_what_pays() -> None:
     rate = await simulate(limit, capacity=40)
     assert 30 <= limit.limit <= 160
     assert rate > 0.6 * 40 / 0.011
+
+
+async def test_auto_bears_with_refusals_at_any_load() -> None:
+    """A gateway that refuses one request in ten would be asked one at a time."""
+    limit = AdaptiveLimit()
+    rate = await simulate(limit, capacity=40, seconds=2.0, refused=10)
+    assert limit.limit >= 16
+    assert rate > 0.5 * 40 / 0.011
 
 
 def test_auto_backs_off_when_throttled_and_when_latency_rises() -> None:
