@@ -433,6 +433,9 @@ async def test_redirected_request_names_its_target(server: Server, status: int) 
         await model_of(server).complete("hi")
     assert caught.value.status == status
     assert len(server.bodies) == 1
+    server.answer = lambda request: web.Response(status=status, headers={"Location": request.path})
+    with pytest.raises(ServerFailure, match="models: it redirects in circles"):
+        await model_of(server, max_tries=1).list_models()
 
 
 async def test_base_url_comes_from_the_environment(

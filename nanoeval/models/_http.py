@@ -181,6 +181,8 @@ class HTTPClient:
             raise ValueError(f"{shown(url)} is not a usable address") from error
         except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
             text, kind, what = "", "cut", f"connection cut before the reply was complete ({error})"
+        except aiohttp.TooManyRedirects:
+            text, kind, what = "", "connection", "it redirects in circles"
         except (aiohttp.ClientError, OSError) as error:
             reason = self._start_of(str(error))
             text, kind, what = "", "connection", f"cannot reach the server ({reason})"
