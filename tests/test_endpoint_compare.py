@@ -11,6 +11,7 @@ import pytest
 
 from nanoeval.endpoint.cli import main
 from nanoeval.endpoint.compare import compare_reports, first_divergence
+from nanoeval.endpoint.comparison_text import as_html, as_text, write_plot
 from nanoeval.endpoint.config import EndpointError
 
 
@@ -104,6 +105,8 @@ def test_other_samples_and_other_requests_are_refused_by_name() -> None:
     expected = "temperature is 0 and 0.7; seed is not set and 1"
     with pytest.raises(EndpointError, match=expected):
         compared(SAME, other)
+    other["request"]["params"] = {"temperature": 0.0, "max_tokens": 512}
+    assert compared(SAME, other)["verdict"] == "same"
     with pytest.raises(EndpointError, match="1000 and 3 samples"):
         compared(SAME, report([1.0] * 3))
     other = copy.deepcopy(SAME)
@@ -162,6 +165,13 @@ def test_command_prints_json_text_page_and_plot(
         ("{", "is not JSON"),
         ("[]", 'holds no "results"'),
         ('{"results": {"t": {"metrics": {}}}}', "no samples to pair"),
+        ('{"results": {"t": {"samples": null}}}', "b.json is damaged: t has NoneType in the place"),
+        ('{"results": {"t": {"samples": [], "num_samples": 5}}}', "t has 0 of its 5 samples"),
+        ('{"results": {"t": {"samples": [5]}}}', "t has int in the place of sample 0"),
+        (
+            json.dumps({"results": {"t": {"samples": [{**report([1])["samples"][0], "id": 3}]}}}),
+            "t has no usable id in sample 0; write it anew with --output",
+        ),
     ],
 )
 def test_unusable_file_is_one_clear_line(
@@ -177,6 +187,26 @@ def test_unusable_file_is_one_clear_line(
     assert out == ""
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_page_says_how_many_samples_lack_an_answer() -> None:
+    """Who reads only the page would take two thirds of the samples for all of them."""
+    first = report([1.0] * 800 + [0.0] * 200)
+    second = report([1.0] * 740 + [None] * 60 + [0.0] * 200)
+    page = as_html(compare_reports({"t": first}, {"t": second}))
+    assert "60 samples lack an answer and are left out; counted as wrong, the difference" in page
+
+
+def test_half_characters_in_replies_can_be_shown(tmp_path: Path) -> None:
+    """One broken emoji in one reply would cost the whole page."""
+    other = shifted(up=0, down=1)
+    other["samples"][0]["reply"] = "bad \ud83d"
+    comparison = compare_reports({"t": SAME}, {"t": other}, names=("a", "b\udcff"))
+    (tmp_path / "x.html").write_text(as_html(comparison), encoding="utf-8")
+    assert "bad \\ud83d" in (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "bad \\ud83d" in as_text(comparison)
+    pytest.importorskip("matplotlib", reason='pip install "nanoeval[endpoint]"')
+    write_plot(comparison, tmp_path / "x.png")
 
 
 def test_bad_margin_and_folder_are_refused(

@@ -142,10 +142,57 @@ def test_scores_that_are_not_binary_are_compared_by_t_tests() -> None:
     outcome = compare_scores([0.1, 0.2, 0.3], [0.2, 0.4, 0.6], margin=0.05)
     assert outcome.difference == pytest.approx(0.2)
     assert outcome.p_different == pytest.approx(0.0742, abs=1e-4)
-    assert outcome.interval == pytest.approx((0.2 - 0.24841, 0.2 + 0.24841), abs=1e-4)
     assert outcome.verdict == "cannot tell"
     assert outcome.more_samples is not None
-    assert compare_scores([0.5] * 50, [0.5] * 50).verdict == "same"
+    # Where pairs differ more than rare flips would: 0.01 +- t(999) 0.3 / sqrt(1000).
+    noisy = compare_scores([0.5] * 1000, [0.81, 0.21] * 500)
+    half = 1.96234 * 0.3 * math.sqrt(1 / 999)
+    assert noisy.interval == pytest.approx((0.01 - half, 0.01 + half), abs=1e-6)
+
+
+def test_equal_scores_are_the_same_only_where_there_are_enough() -> None:
+    """Two pairs that agree would prove two servers the same.
+
+    Without a difference seen p is that of binary scores: t = (n m - 1/2) / sqrt(n m (1 - m)), which
+    at m = 0.02 is 1.35 for 135 pairs and 1.77 for 200; the interval reaches t^2 / (n + t^2).
+    """
+    pytest.importorskip("scipy", reason='pip install "nanoeval[endpoint]"')
+    few = compare_scores([0.5] * 2, [0.5] * 2)
+    assert (few.verdict, few.p_different) == ("cannot tell", 1.0)
+    assert few.p_equivalent > 0.5
+    assert few.more_samples is not None
+    assert few.more_samples > 130
+    some = compare_scores([0.5] * 135, [0.5] * 135)
+    assert some.p_equivalent == pytest.approx(equivalence_p(0, 0, 135, 0.02), abs=0.003)
+    assert some.interval == pytest.approx(score_interval(0, 0, 135), abs=0.001)
+    assert compare_scores([0.5] * 200, [0.5] * 200).verdict == "same"
+
+
+def test_pairs_that_all_move_alike_are_compared_by_their_signs() -> None:
+    """No spread between two pairs is no proof of a difference."""
+    pytest.importorskip("scipy", reason='pip install "nanoeval[endpoint]"')
+    two = compare_scores([0.2, 0.3], [0.3, 0.4])
+    assert (two.verdict, two.p_different) == ("cannot tell", 0.5)
+    assert compare_scores([0.2, 0.3] * 5, [0.3, 0.4] * 5).verdict == "different"
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "noise"), [(50, 0.5, 0.0), (200, 1.0, 0.0), (300, 0.5, 0.0), (300, 1.0, 0.05)]
+)
+def test_rare_flips_of_partial_credit_are_seldom_called_same(
+    n: int, size: float, noise: float
+) -> None:
+    """A sample that happens to miss rare flips has no variance, and would prove anything."""
+    pytest.importorskip("scipy", reason='pip install "nanoeval[endpoint]"')
+    rng = np.random.default_rng([n, round(10 * size)])
+    found = 0
+    for _ in range(300):
+        first = np.full(n, 0.5) if size < 1 else np.ones(n)
+        second = first - size * (rng.random(n) < 0.02 / size) + noise * rng.standard_normal(n)
+        # One pair in between, so that scores of 0 and 1 alone do not count as binary.
+        first[0] = second[0] = 0.5
+        found += compare_scores(first.tolist(), second.tolist(), 0.02).verdict == "same"
+    assert found / 300 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
 
 
 @pytest.mark.parametrize(("first", "second"), [([], []), ([1.0], [])])

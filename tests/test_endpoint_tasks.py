@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,13 @@ def test_summary_accounts_for_every_sample() -> None:
     assert summary["tokens"]["per_second_per_request"] == 5.0
     assert summary["latency"] == {"p50": 2.0, "p90": 2.0, "p99": 2.0}
     assert "1 of 3 replies stopped for length" in summary["warnings"][0]
+
+
+def test_summary_takes_whatever_a_server_calls_itself() -> None:
+    """One odd name would lose the summary of a whole run, after its last sample."""
+    names: list[Any] = [["a"], 5, "b", None]
+    odd = [replace(sample, model=name) for sample, name in zip(samples(), names, strict=True)]
+    assert summarize_samples(odd, ["exact_match"])["reported_models"] == ["5", "['a']", "b"]
 
 
 def test_summary_of_nothing_and_of_errors_alone_has_no_metrics() -> None:

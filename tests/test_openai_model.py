@@ -22,6 +22,7 @@ from nanoeval.models._http import parse_retry_after
 from nanoeval.models._logprobs import ServerLacks, score_echo
 from nanoeval.models._messages import hide_images, image_part
 from nanoeval.models.openai_api import OpenAIModel, RequestRefused, ServerFailure
+from nanoeval.models.probe import probe
 from nanoeval.models.scripted import ScriptedModel
 from nanoeval.recorder import set_default_recorder
 
@@ -34,6 +35,19 @@ def reply(text: str | None = "4", **extra: Any) -> web.Response:
     return web.json_response(
         {"choices": [{**choice, "finish_reason": "stop"}], "usage": usage, **extra}
     )
+
+
+STREAM = {"Content-Type": "text/event-stream"}
+
+
+def events(chunks: list[Any], line_end: str = "\n") -> web.Response:
+    lines = [f"data: {json.dumps(chunk)}" for chunk in chunks] + ["data: [DONE]"]
+    text = "".join(line + 2 * line_end for line in lines)
+    return web.Response(body=text.encode(), headers=STREAM)
+
+
+def piece(content: Any, **extra: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": content}, **extra}]}
 
 
 class Server:
@@ -149,10 +163,22 @@ async def test_long_retry_after_is_handed_to_the_runner(server: Server) -> None:
     assert caught.value.retry_after == 3600
 
 
+async def test_long_retry_after_is_told_once(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that waits an hour in silence looks like one that hangs."""
+    server.answer = lambda request: web.Response(status=429, headers={"Retry-After": "3600"})
+    async with model_of(server) as model:
+        calls = [model.complete("hi") for _ in range(3)]
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert capsys.readouterr().err == f"nanoeval: {server.url} asks to be left alone for 3,600 s\n"
+
+
 def test_retry_after_reads_seconds_and_dates() -> None:
     """A date read as nothing would lose the server's wish."""
     assert parse_retry_after("7") == 7
     assert parse_retry_after("soon") is None
+    assert parse_retry_after("inf") is parse_retry_after("nan") is None
     assert parse_retry_after(None) is None
     later = parse_retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=30), True))
     assert later is not None
@@ -230,6 +256,11 @@ async def test_unreachable_server_is_a_system_error() -> None:
         (lambda: web.json_response({"choices": []}), "no_choices"),
         (lambda: web.json_response({"error": {"message": "x"}}), "error_reply"),
         (lambda: web.json_response(["no"]), "no_choices"),
+        (lambda: web.Response(text="[" * 100_000), "not_json"),
+        (lambda: events([{"choices": [None]}]), "bad_event"),
+        (lambda: events([{"choices": 5}]), "bad_event"),
+        (lambda: events([{"choices": [{"index": "first"}]}]), "bad_event"),
+        (lambda: web.Response(text="data: " + "[" * 100_000, headers=STREAM), "not_json"),
     ],
 )
 async def test_useless_reply_is_a_system_error(server: Server, answer: Any, kind: str) -> None:
@@ -285,6 +316,34 @@ async def test_streamed_reply_equals_the_unstreamed_one(server: Server) -> None:
     with pytest.raises(ServerFailure) as caught:
         await model_of(server, stream=True, max_tries=1).complete("hi")
     assert caught.value.kind == "cut"
+
+
+async def test_stream_with_parts_of_content_is_read(server: Server) -> None:
+    """Servers that stream content as a list, after an empty text, would end the run."""
+    parts = [{"type": "text", "text": "4"}, {"type": "text", "text": None}]
+    server.answer = lambda request: events([piece(""), piece(parts, index=None), piece("2")])
+    completion = await model_of(server, stream=True).complete("hi")
+    assert completion.text == "42"
+    assert completion.time_to_first_token is not None
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+async def test_every_form_of_events_is_read(server: Server, line_end: str) -> None:
+    """The standard allows an event of several data lines, and three ends of a line."""
+    whole = json.dumps(piece("an answer", finish_reason="stop"), indent=1).splitlines()
+    text = line_end.join([*(f"data: {line}" for line in whole), ": comment", "", ""])
+    body = (text + f"data: [DONE]{line_end}{line_end}").encode()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=STREAM)
+        await response.prepare(request)
+        for start in range(0, len(body), 3):
+            await response.write(body[start : start + 3])
+        return response
+
+    server.answer = stream
+    completion = await model_of(server, stream=True, max_tries=1).complete("hi")
+    assert (completion.text, completion.finish_reason) == ("an answer", "stop")
 
 
 async def test_server_that_ignores_stream_still_answers(server: Server) -> None:
@@ -343,6 +402,42 @@ async def test_key_is_sent_but_never_shown_or_stored(
     assert sent == [f"Bearer {KEY}"] * 2 + ["Bearer from-environment", "Bearer other"]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda text: web.Response(status=400, text=text),
+        lambda text: web.Response(status=401, reason=text),
+        lambda text: web.Response(status=500, text="x" * (300 - len(KEY)) + text),
+        lambda text: web.Response(text=text),
+        lambda text: web.json_response({"error": text}),
+        lambda text: web.Response(text=f"data: {text}\n\n", headers=STREAM),
+        lambda text: web.Response(status=307, headers={"Location": f"/?{text}"}),
+    ],
+)
+async def test_key_that_a_server_echoes_is_not_shown(server: Server, answer: Any) -> None:
+    """The key would stand on the terminal, in the results and in the database."""
+    server.answer = lambda request: answer(request.headers["Authorization"])
+    with pytest.raises((RequestRefused, ServerFailure)) as caught:
+        await model_of(server, api_key=KEY, max_tries=1).complete("hi")
+    assert "***" in str(caught.value)
+    for start in range(len(KEY) - 4):
+        assert KEY[start : start + 5] not in str(caught.value) + caught.value.body
+
+
+@pytest.mark.parametrize("status", [301, 307, 308])
+async def test_redirected_request_names_its_target(server: Server, status: int) -> None:
+    """A 301 makes a GET of a POST, which servers refuse with a status that explains nothing."""
+    target = f"{server.url}/elsewhere/chat/completions"
+    server.answer = lambda request: web.Response(status=status, headers={"Location": target})
+    with pytest.raises(RequestRefused, match=f"redirects to {target}; use that address") as caught:
+        await model_of(server).complete("hi")
+    assert caught.value.status == status
+    assert len(server.bodies) == 1
+    server.answer = lambda request: web.Response(status=status, headers={"Location": request.path})
+    with pytest.raises(ServerFailure, match="models: it redirects in circles"):
+        await model_of(server, max_tries=1).list_models()
+
+
 async def test_base_url_comes_from_the_environment(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +453,7 @@ async def test_base_url_comes_from_the_environment(
         ({"timeout": 0.0}, "timeout=0.0 must be above 0"),
         ({"max_tries": 0}, "max_tries=0"),
         ({"num_concurrent": 0}, "num_concurrent=0"),
+        ({"params": {"prompt": "x"}}, "prompt='x' would replace what is asked of the server"),
     ],
 )
 def test_bad_field_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
@@ -378,6 +474,36 @@ async def test_models_are_listed(server: Server) -> None:
     """The one served model is found by this list."""
     server.answer = lambda request: web.json_response({"data": [{"id": "a"}, {"id": "b"}]})
     assert await model_of(server).list_models() == ["a", "b"]
+    server.answer = lambda request: web.json_response([{"id": "a"}, {"id": "a"}])
+    assert await model_of(server).list_models() == ["a"]
+    server.answer = lambda request: web.json_response({"data": 5})
+    assert await model_of(server).list_models() == []
+
+
+@pytest.mark.parametrize("limit", [None, "many", 4])
+async def test_probe_leaves_a_limit_that_it_need_not_cut(server: Server, limit: Any) -> None:
+    """A run with a limit of another form would end in a traceback before its first sample."""
+    found = await probe(model_of(server), params={"max_tokens": limit})
+    assert found.completion is not None
+    assert [body["max_tokens"] for body in server.bodies] == [limit]
+
+
+async def test_probe_that_is_refused_asks_once_more_as_the_run_will(server: Server) -> None:
+    """min_tokens=64 goes with max_tokens=512, but not with what the probe makes of it."""
+
+    async def answer(request: web.Request) -> web.Response:
+        body = await request.json()
+        is_bad = body["min_tokens"] > body["max_tokens"]
+        return web.Response(status=400, text="min_tokens") if is_bad else reply()
+
+    server.answer = answer
+    model = model_of(server, params={"min_tokens": 64, "max_tokens": 512})
+    assert (await probe(model)).model == model
+    assert [body["max_tokens"] for body in server.bodies] == [16, 512]
+    server.answer = lambda request: web.Response(status=400, text="no")
+    with pytest.raises(RequestRefused):
+        await probe(model)
+    assert len(server.bodies) == 4
 
 
 ECHO = {
@@ -439,17 +565,26 @@ async def test_num_concurrent_bounds_requests_in_flight(server: Server) -> None:
     assert most == 3
 
 
-async def simulate(limit: AdaptiveLimit, capacity: int, seconds: float = 4.0) -> float:
-    """Drive a limiter against a server that does `capacity` requests at once, 10 ms each."""
+async def simulate(
+    limit: AdaptiveLimit, capacity: int, seconds: float = 4.0, refused: int | None = None
+) -> float:
+    """Drive a limiter against a server that does `capacity` requests at once, 10 ms each.
+
+    Of `refused` requests it refuses one, at any load. Returns answers per second.
+    """
     limiter = Limiter(limit)
     desk = asyncio.Semaphore(capacity)
-    done = 0
+    done = num_sent = 0
     stop = time.perf_counter() + seconds
 
     async def client() -> None:
-        nonlocal done
+        nonlocal done, num_sent
         while time.perf_counter() < stop:
-            async with limiter.slot():
+            async with limiter.slot() as slot:
+                num_sent += 1
+                if refused is not None and num_sent % refused == 0:
+                    slot.report(throttled=True)
+                    continue
                 async with desk:
                     await asyncio.sleep(0.01)
                 done += 1
@@ -464,6 +599,14 @@ async def test_auto_finds_what_pays() -> None:
     rate = await simulate(limit, capacity=40)
     assert 30 <= limit.limit <= 160
     assert rate > 0.6 * 40 / 0.011
+
+
+async def test_auto_bears_with_refusals_at_any_load() -> None:
+    """A gateway that refuses one request in ten would be asked one at a time."""
+    limit = AdaptiveLimit()
+    rate = await simulate(limit, capacity=40, seconds=2.0, refused=10)
+    assert limit.limit >= 16
+    assert rate > 0.5 * 40 / 0.011
 
 
 def test_auto_backs_off_when_throttled_and_when_latency_rises() -> None:

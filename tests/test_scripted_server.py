@@ -632,6 +632,7 @@ def test_command_reads_replies_from_a_file(tmp_path: Path) -> None:
         (["--reply-file", "missing.jsonl"], "missing.jsonl"),
         (["--header", "novalue"], "NAME=VALUE"),
         (["--latency", "-1"], "latency=-1.0"),
+        (["--port", "99999"], "port=99999 must lie between 0"),
     ],
 )
 def test_command_explains_wrong_arguments(

@@ -13,6 +13,17 @@ from nanoeval.endpoint.config import EndpointError
 from nanoeval.endpoint.paired_statistics import compare_scores
 
 DEFAULT_MARGIN = 0.02
+# What of a sample is compared or shown, and its type.
+SAMPLE_FIELDS: dict[str, Any] = {
+    "id": str,
+    "fingerprint": str,
+    "messages": list,
+    "target": object,
+    "reply": str | None,
+    "finish_reason": object,
+    "scores": dict,
+    "error": str | None,
+}
 # The worst verdict of several tasks is that of all.
 SEVERITY = ("same", "cannot tell", "different")
 
@@ -38,7 +49,25 @@ def load_reports(path: Path) -> dict[str, Any]:
                 f"{path}: {name} has no samples to pair; files that --output writes have them, what"
                 " nano-eval prints has not"
             )
+        if damage := _damage(report):
+            raise EndpointError(f"{path} is damaged: {name} {damage}; write it anew with --output")
     return results
+
+
+def _damage(report: Mapping[str, Any]) -> str:
+    """What is wrong with the samples of a report; "" when nothing is."""
+    samples = report["samples"]
+    if not isinstance(samples, list):
+        return f"has {type(samples).__name__} in the place of its list of samples"
+    if len(samples) != report.get("num_samples", len(samples)):
+        return f"has {len(samples)} of its {report['num_samples']} samples"
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, dict):
+            return f"has {type(sample).__name__} in the place of sample {number}"
+        for field, kind in SAMPLE_FIELDS.items():
+            if field not in sample or not isinstance(sample[field], kind):
+                return f"has no usable {field} in sample {number}"
+    return ""
 
 
 def compare_reports(
@@ -74,8 +103,9 @@ def _check_pairable(
     name: str, first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]
 ) -> None:
     differences = request_differences(first.get("request") or {}, second.get("request") or {})
-    if first.get("samples_hash") != second.get("samples_hash"):
-        differences.append(_sample_difference(first["samples"], second["samples"]))
+    own, others = first["samples"], second["samples"]
+    if first.get("samples_hash") != second.get("samples_hash") or len(own) != len(others):
+        differences.append(_sample_difference(own, others))
     if differences:
         raise EndpointError(
             f"{name} in {names[0]} and {names[1]} cannot be paired: {'; '.join(differences)}"
@@ -89,7 +119,7 @@ def request_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     return [
         f"{name} is {_shown(flat[0], name)} and {_shown(flat[1], name)}"
         for name in names
-        if _shown(flat[0], name) != _shown(flat[1], name)
+        if any(name not in values for values in flat) or flat[0][name] != flat[1][name]
     ]
 
 

@@ -38,32 +38,42 @@ def as_text(comparison: Mapping[str, Any]) -> str:
         lines += [f"{name}: {verdict_line(task)}", *_details(task, comparison["names"]), ""]
     if comparison["left_out"]:
         lines.append(f"not in both, left out: {', '.join(comparison['left_out'])}")
-    return "\n".join(lines).rstrip()
+    return _writable("\n".join(lines).rstrip())
+
+
+def _writable(text: str) -> str:
+    """`text` with half characters (lone surrogates), which no file takes, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _details(task: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    lines = [
-        f"  p of no difference {task['p_different']:.3g}, p of a difference beyond the margin"
-        f" {task['p_equivalent']:.3g}, {task['num_pairs']} pairs"
-    ]
-    if task["only_first"] is not None:
-        lines.append(
-            f"  right in {names[0]} alone: {task['only_first']}, in {names[1]} alone:"
-            f" {task['only_second']}"
-        )
-    if task["num_unanswered"]:
-        whole = task["including_errors"]
-        lines.append(
-            f"  {task['num_unanswered']} samples lack an answer and are left out; counted as wrong,"
-            f" the difference is {100 * whole['difference']:+.2f} points: {whole['verdict']}"
-        )
-    lines.append(f"  {_identity(task)}")
+    lines = [f"  {line}" for line in (*_outcome(task, names), _identity(task))]
     lines += ["  " + line for line in aligned(_side_rows(task, names)).splitlines()]
     titles = distinct_parts([flip["prompt"] for flip in task["flips"]])
     for flip, title in list(zip(task["flips"], titles, strict=True))[:SHOWN_FLIPS]:
         lines += _flip_lines(flip, title, names)
     if (left := len(task["flips"]) - SHOWN_FLIPS) > 0:
         lines.append(f"  and {left} more flips (all of them in the JSON and with --html)")
+    return lines
+
+
+def _outcome(task: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """What the verdict rests on."""
+    lines = [
+        f"p of no difference {task['p_different']:.3g}, p of a difference beyond the margin"
+        f" {task['p_equivalent']:.3g}, {task['num_pairs']} pairs"
+    ]
+    if task["only_first"] is not None:
+        lines.append(
+            f"right in {names[0]} alone: {task['only_first']}, in {names[1]} alone:"
+            f" {task['only_second']}"
+        )
+    if task["num_unanswered"]:
+        whole = task["including_errors"]
+        lines.append(
+            f"{task['num_unanswered']} samples lack an answer and are left out; counted as wrong,"
+            f" the difference is {100 * whole['difference']:+.2f} points: {whole['verdict']}"
+        )
     return lines
 
 
@@ -157,8 +167,8 @@ def as_html(comparison: Mapping[str, Any]) -> str:
             f"<h2>{escape(task_name)}</h2><p class='{css}'>{escape(verdict_line(task))}</p>"
         )
         parts.append(_interval_svg(task))
-        text = "\n".join(line.strip() for line in _details({**task, "flips": []}, ["", ""])[:1])
-        parts.append(f"<p>{escape(text)}. {escape(_identity(task))}.</p>")
+        facts = (*_outcome(task, comparison["names"]), _identity(task))
+        parts.append(f"<p>{'. '.join(escape(fact) for fact in facts)}.</p>")
         parts.append(_html_table(_side_rows(task, comparison["names"])))
         parts.append(f"<h3>{len(task['flips'])} flips</h3>")
         titles = distinct_parts([flip["prompt"] for flip in task["flips"]])
@@ -166,7 +176,7 @@ def as_html(comparison: Mapping[str, Any]) -> str:
             _html_flip(flip, title, names)
             for flip, title in zip(task["flips"], titles, strict=True)
         ]
-    return "\n".join([*parts, "</body></html>"])
+    return _writable("\n".join([*parts, "</body></html>"]))
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:
@@ -238,11 +248,12 @@ def write_plot(comparison: Mapping[str, Any], path: Path) -> None:
             value, row, xerr=[[value - low], [high - value]], fmt="o", capsize=5, color="#223344"
         )
     axes.set_yticks(
-        range(len(tasks)), [f"{name}\n{task['verdict']}" for name, task in tasks.items()]
+        range(len(tasks)),
+        [_writable(f"{name}\n{task['verdict']}") for name, task in tasks.items()],
     )
     axes.set_ylim(-0.6, len(tasks) - 0.4)
     axes.invert_yaxis()
-    first, second = comparison["names"]
+    first, second = map(_writable, comparison["names"])
     axes.set_xlabel(f"points, {second} minus {first}, with 95 % interval")
     axes.legend(loc="best", fontsize="small")
     try:

@@ -14,6 +14,8 @@ from typing import Any
 
 ALPHA = 0.05
 POWER = 0.8
+# Differences of scores that are no larger come from floating-point arithmetic.
+ROUNDING = 1e-9
 _NORMAL = NormalDist()
 
 
@@ -158,47 +160,67 @@ def _cdf(value: float, deviation: float) -> float:
 def more_samples_needed(b: int, c: int, n: int, margin: float) -> int:
     """Further pairs at which a verdict would come with 80 % power, were the observed rates true.
 
-    The smaller of the sizes for equivalence (Liu et al. 2002: (z_95 + z_80)^2 (share of flips -
-    d^2) / (margin - |d|)^2, the power shared by both sides where d is 0) and for McNemar's test
-    (Connor 1987). Half a flip is added each way, so that none seen does not mean none possible.
+    Half a flip is added each way, so that none seen does not mean none possible.
     """
-    share, d = (b + c + 1) / (n + 1), abs(b - c) / n
-    spread = math.sqrt(max(share - d * d, 0.0))
+    return _more_samples((b + c + 1) / (n + 1), abs(b - c) / n, n, margin)
+
+
+def _more_samples(square: float, d: float, n: int, margin: float) -> int:
+    """The same for pairs that differ by `d` in the mean and by `square` in the mean square.
+
+    The smaller of the sizes for equivalence (Liu et al. 2002: (z_95 + z_80)^2 (square - d^2) /
+    (margin - d)^2, the power shared by both sides where d is 0) and for McNemar's test (Connor
+    1987).
+    """
+    spread = math.sqrt(max(square - d * d, 0.0))
     sizes = []
     if d < margin:
         z_power = _NORMAL.inv_cdf((1 + POWER) / 2 if d == 0 else POWER)
         z = _NORMAL.inv_cdf(1 - ALPHA) + z_power
         sizes.append((z * spread / (margin - d)) ** 2 + 1 / (margin - d))
     if d > 0:
-        z_sum = _NORMAL.inv_cdf(1 - ALPHA / 2) * math.sqrt(share) + _NORMAL.inv_cdf(POWER) * spread
+        z_sum = _NORMAL.inv_cdf(1 - ALPHA / 2) * math.sqrt(square) + _NORMAL.inv_cdf(POWER) * spread
         sizes.append((z_sum / d) ** 2 + 1 / d)
     return max(1, math.ceil(min(sizes)) - n)
 
 
 def _compare_numbers(first: Sequence[float], second: Sequence[float], margin: float) -> Comparison:
-    """Paired t tests (Student 1908; for equivalence Schuirmann 1987), for scores from 0 to 1."""
+    """Paired t tests (Student 1908; for equivalence Schuirmann 1987), for scores from 0 to 1.
+
+    A difference d may come from rare flips over the whole range, whose variance is d (1 - d), and
+    of which a sample may show none. So d is tested with that variance where the sample's own is
+    smaller, and equivalence with a correction of half a flip: where no pair differs, interval and
+    p are those of binary scores, but for Student's t.
+    """
     n = len(first)
     differences = [y - x for x, y in zip(first, second, strict=True)]
     mean = math.fsum(differences) / n
     variance = math.fsum((d - mean) ** 2 for d in differences) / max(1, n - 1)
-    error = math.sqrt(variance / n)
+
+    def error(difference: float) -> float:
+        rare = abs(difference) * (1 - abs(difference))
+        return math.sqrt(max(variance, rare) / n)
+
     if n < 2:
         p_different, p_equivalent, interval = 1.0, 1.0, (-1.0, 1.0)
-    elif error == 0:
-        p_different, p_equivalent = float(mean == 0), float(abs(mean) >= margin)
-        interval = (mean, mean)
     else:
         t = _student(n - 1)
-        p_different = 2 * float(t.sf(abs(mean) / error))
-        p_equivalent = float(max(t.sf((mean + margin) / error), t.cdf((mean - margin) / error)))
-        half = float(t.ppf(1 - ALPHA / 2)) * error
-        interval = (mean - half, mean + half)
+        if max(differences) - min(differences) > ROUNDING:
+            p_different = 2 * float(t.sf(abs(mean) / error(0)))
+        else:  # All moved alike, which leaves the sign test.
+            p_different = mcnemar_p(n, 0) if abs(mean) > ROUNDING else 1.0
+        p_equivalent = float(t.sf((margin - abs(mean) - 0.5 / n) / error(margin)))
+        z = float(t.ppf(1 - ALPHA / 2))
+
+        def rejects(difference: float) -> bool:
+            return abs(mean - difference) > z * error(difference)
+
+        interval = _border(rejects, mean, -1.0), _border(rejects, mean, 1.0)
     verdict = _verdict(p_different, p_equivalent)
     needed = None
     if verdict == "cannot tell":
-        z = _NORMAL.inv_cdf(1 - ALPHA / 2) + _NORMAL.inv_cdf(POWER)
-        gap = max(abs(mean), margin - abs(mean))
-        needed = max(1, math.ceil(variance * (z / gap) ** 2) - n)
+        square = max(variance, margin * (1 - margin)) + mean * mean
+        needed = _more_samples(square, abs(mean), n, margin)
     return Comparison(
         num_pairs=n,
         first=math.fsum(first) / n,

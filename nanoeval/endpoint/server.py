@@ -63,7 +63,7 @@ async def find_url(ports: Sequence[int] = USUAL_PORTS) -> str:
 async def _listens(url: str) -> bool:
     model = OpenAIModel(name=UNNAMED, base_url=url, max_tries=1, timeout=2.0, connect_timeout=1.0)
     try:
-        return isinstance((await model.get_json("models")).value, dict)
+        return isinstance((await model.get_json("models")).value, dict | list)
     except RequestRefused as error:
         return error.status in {401, 403}
     except ServerFailure as error:
@@ -85,7 +85,7 @@ async def prepare(
     listed: list[str] = []
     try:
         listed, facts, notes = await _list_models(config)
-        model = model_of(config, config.model or _choose(listed, preferred, config.url))
+        model = model_of(config, config.model or _choose(listed, preferred, config.url, notes))
         found = await probe(model, needs or {"text"}, params)
     except RequestRefused as error:
         raise EndpointError(_explain(error, config, listed)) from error
@@ -147,7 +147,7 @@ async def _list_models(config: APIConfig) -> tuple[list[str], dict[str, Any], li
     return listed, facts, []
 
 
-def _choose(listed: list[str], preferred: str | None, url: str) -> str:
+def _choose(listed: list[str], preferred: str | None, url: str, notes: list[str]) -> str:
     if preferred is not None and preferred in listed:
         return preferred
     if len(listed) == 1:
@@ -156,7 +156,8 @@ def _choose(listed: list[str], preferred: str | None, url: str) -> str:
         raise EndpointError(
             f"{url} serves {len(listed)} models: {_shown(listed)}; choose with --model"
         )
-    raise EndpointError(f"{url} does not say which models it serves; name one with --model")
+    what = f"{url} does not say which models it serves; name one with --model"
+    raise EndpointError("; ".join([what, *notes]))
 
 
 def _explain(error: RequestRefused, config: APIConfig, listed: list[str]) -> str:

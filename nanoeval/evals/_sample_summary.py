@@ -48,8 +48,9 @@ def summarize_samples(samples: Sequence[Sample], metric_names: Sequence[str]) ->
         "time_to_first_token": _percentiles(s.time_to_first_token for s in answered),
         "num_retried": sum(sample.tries > 1 for sample in samples),
         "http_statuses": dict(Counter(str(s.status) for s in samples).most_common()),
-        "reported_models": sorted({s.model for s in answered if s.model}),
-        "system_fingerprints": sorted({s.fingerprint for s in answered if s.fingerprint}),
+        # As the servers sent them, which may be anything.
+        "reported_models": sorted({str(s.model) for s in answered if s.model}),
+        "system_fingerprints": sorted({str(s.fingerprint) for s in answered if s.fingerprint}),
         "warnings": _warnings(answered),
     }
 

@@ -18,6 +18,8 @@ SHRINK = 0.7
 SLOWED = 2.0
 # Throughput must rise by this share of what the added slots promise, or they are given back.
 WORTH = 0.25
+# Fewer refusals than this share come at any load (a gateway's, a node's); throughput judges them.
+TOLERATED = 0.25
 HIGHEST = 4096
 SMALLEST_WINDOW = 16
 
@@ -39,7 +41,7 @@ class AdaptiveLimit:
         self._paid: tuple[int, float, float] | None = None
 
     def learn(self, throughput: float, latency: float, throttled: bool) -> None:
-        """Take one window's requests/s, median latency (seconds) and whether any was throttled."""
+        """Take one window's answers/s, median latency (seconds) and whether it was throttled."""
         if throttled or self._is_slowed(latency):
             self.limit = max(1, int(self.limit * SHRINK))
             self._paid, self._rest, self._growth = None, self._patience, FINE
@@ -159,21 +161,22 @@ class Limiter:
         self._opened = self._clock()
         self._left_over = left_over
         self._latencies: list[float] = []
-        self._throttled = False
+        self._num_throttled = 0
         self._saturated = bool(self._waiting)
 
     def _count(self, limit: AdaptiveLimit, latency: float, throttled: bool) -> None:
-        self._throttled |= throttled
         if self._left_over > 0:
             self._left_over -= 1
             if self._left_over == 0:
                 self._opened = self._clock()
             return
         self._latencies.append(latency)
+        self._num_throttled += throttled
         elapsed = self._clock() - self._opened
         if len(self._latencies) < max(limit.limit, SMALLEST_WINDOW) or elapsed <= 0:
             return
-        if self._saturated or self._throttled:
-            throughput = len(self._latencies) / elapsed
-            limit.learn(throughput, median(self._latencies), self._throttled)
+        is_throttled = self._num_throttled > TOLERATED * len(self._latencies)
+        if self._saturated or is_throttled:
+            throughput = (len(self._latencies) - self._num_throttled) / elapsed
+            limit.learn(throughput, median(self._latencies), is_throttled)
         self._open_window(left_over=self._in_flight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,11 +19,15 @@ from yarl import URL
 
 from nanoeval.eval import RolloutSystemError
 from nanoeval.models._concurrency import Limiter
+from nanoeval.setup import say
 
 T = TypeVar("T")
 
 RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504, 529})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 BODY_START = 300
+# A key that is shorter is a placeholder; taking it out would garble every message.
+SHORTEST_KEY = 4
 # A server that asks for more patience than this gets it from the runner, which frees the slot.
 LONGEST_WAIT = 60.0
 
@@ -55,12 +60,15 @@ class RequestRefused(Exception):
 
 
 class BadReply(Exception):
-    """A reply with a good status that cannot be read; the client tries again. Raised by readers."""
+    """A reply with a good status that cannot be read; the client tries again. Raised by readers.
+
+    `body` is what the server sent, uncut: the client shows its start.
+    """
 
     def __init__(self, kind: str, what: str, body: str = "") -> None:
         super().__init__(what)
         self.kind = kind
-        self.body = body[:BODY_START]
+        self.body = body
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,9 @@ class HTTPClient:
         self._settings = settings
         self._limiter = limiter
         self._urls: dict[str, URL] = {}
+        key = headers.get("Authorization", "").removeprefix("Bearer ")
+        self._key = key if len(key) >= SHORTEST_KEY else ""
+        self._has_told_wait = False
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             headers=headers,
@@ -151,14 +162,18 @@ class HTTPClient:
     ) -> Exchange[T] | ServerFailure:
         started = time.perf_counter()
         try:
-            async with self._session.request(method, url, data=body) as response:
+            # A redirected POST would arrive as a GET (301, 302), or without its key.
+            async with self._session.request(
+                method, url, data=body, allow_redirects=method == "GET"
+            ) as response:
                 if response.status < 300:
                     value = await read(response, started)
                     latency = time.perf_counter() - started
                     return Exchange(value, response.status, response.headers, latency, tries)
-                return await _failed_status(response, url, tries)
+                return await self._failed_status(response, url, tries)
         except BadReply as error:
-            kind, what, text = error.kind, str(error), error.body
+            kind, text = error.kind, self._start_of(error.body)
+            what = f"{error}: {text}" if text else str(error)
         except TimeoutError:
             text, kind = "", "timeout"
             what = f"no complete reply within {time.perf_counter() - started:.1f} s"
@@ -166,12 +181,41 @@ class HTTPClient:
             raise ValueError(f"{shown(url)} is not a usable address") from error
         except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError) as error:
             text, kind, what = "", "cut", f"connection cut before the reply was complete ({error})"
+        except aiohttp.TooManyRedirects:
+            text, kind, what = "", "connection", "it redirects in circles"
         except (aiohttp.ClientError, OSError) as error:
-            text, kind, what = "", "connection", f"cannot reach the server ({error})"
+            reason = self._start_of(str(error))
+            text, kind, what = "", "connection", f"cannot reach the server ({reason})"
         return _failure(f"{shown(url)}: {what}", kind=kind, url=url, body=text, tries=tries)
+
+    async def _failed_status(
+        self, response: aiohttp.ClientResponse, url: URL, tries: int
+    ) -> ServerFailure:
+        content = await response.content.read(4 * BODY_START)
+        text = self._start_of(content.decode("utf-8", "replace"))
+        reason = self._start_of(response.reason or "")
+        what = f"{shown(url)}: HTTP {response.status} {reason}".rstrip()
+        if response.status in REDIRECTS and "Location" in response.headers:
+            text = self._start_of(_redirection(url, response.headers["Location"]))
+        what += f": {text}" if text else ""
+        if response.status not in RETRIED_STATUSES:
+            refused = RequestRefused(what)
+            refused.url, refused.status, refused.body = shown(url), response.status, text
+            raise refused
+        failure = _failure(what, kind=f"http_{response.status}", url=url, body=text, tries=tries)
+        failure.status = response.status
+        failure.retry_after = parse_retry_after(response.headers.get("Retry-After"))
+        return failure
+
+    def _start_of(self, text: str) -> str:
+        """What a server sent, cut, on one line, and without the key, which some servers echo."""
+        if self._key:
+            text = text.replace(self._key, "***")
+        return " ".join(text.split())[:BODY_START]
 
     def _wait_after(self, failure: ServerFailure, tries: int) -> float | None:
         """Seconds until the next try, or None when this was the last."""
+        self._tell_long_wait(failure.retry_after or 0.0)
         if tries >= self._settings.max_tries:
             return None
         wait = min(self._settings.backoff * 2.0 ** (tries - 1), LONGEST_WAIT)
@@ -182,6 +226,12 @@ class HTTPClient:
             return None
         # Jitter after the date, so that those who were refused together do not return together.
         return failure.retry_after + min(wait, 0.1 * failure.retry_after)
+
+    def _tell_long_wait(self, seconds: float) -> None:
+        """Say once that the server asks for more patience than a call has; the runner waits."""
+        if seconds > LONGEST_WAIT and not self._has_told_wait:
+            self._has_told_wait = True
+            say(f"nanoeval: {shown(self._base)} asks to be left alone for {seconds:,.0f} s")
 
 
 def check_base_url(base_url: str) -> URL:
@@ -197,21 +247,6 @@ def check_base_url(base_url: str) -> URL:
     return url
 
 
-async def _failed_status(response: aiohttp.ClientResponse, url: URL, tries: int) -> ServerFailure:
-    text = (await response.content.read(4 * BODY_START)).decode("utf-8", "replace").strip()
-    text = " ".join(text[:BODY_START].split())
-    what = f"{shown(url)}: HTTP {response.status} {response.reason or ''}".rstrip()
-    what += f": {text}" if text else ""
-    if response.status not in RETRIED_STATUSES:
-        refused = RequestRefused(what)
-        refused.url, refused.status, refused.body = shown(url), response.status, text
-        raise refused
-    failure = _failure(what, kind=f"http_{response.status}", url=url, body=text, tries=tries)
-    failure.status = response.status
-    failure.retry_after = parse_retry_after(response.headers.get("Retry-After"))
-    return failure
-
-
 def _failure(what: str, *, kind: str, url: URL, body: str, tries: int) -> ServerFailure:
     failure = ServerFailure(what + (f" (tried {tries} times)" if tries > 1 else ""))
     failure.kind, failure.url, failure.body, failure.tries = kind, shown(url), body, tries
@@ -223,7 +258,8 @@ def parse_retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        return max(0.0, float(value))
+        seconds = float(value)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:
@@ -233,6 +269,15 @@ def parse_retry_after(value: str | None) -> float | None:
     if date.tzinfo is None:
         date = date.replace(tzinfo=UTC)
     return max(0.0, (date - datetime.now(UTC)).total_seconds())
+
+
+def _redirection(url: URL, location: str) -> str:
+    """Where requests for `url` are sent on to, and what to do."""
+    try:
+        target = shown(url.join(URL(location)))
+    except ValueError:
+        target = location
+    return f"it redirects to {target}; use that address, up to and with /v1, as the base URL"
 
 
 def _join(base: URL, path: str) -> URL:
@@ -250,6 +295,6 @@ async def read_json(response: aiohttp.ClientResponse, started: float = 0.0) -> A
     content = await response.read()
     try:
         return json.loads(content)
-    except ValueError as error:
-        text = " ".join(content[: 4 * BODY_START].decode("utf-8", "replace").split())
-        raise BadReply("not_json", f"the reply is not JSON: {text[:BODY_START]!r}", text) from error
+    except (ValueError, RecursionError) as error:
+        text = content[: 4 * BODY_START].decode("utf-8", "replace")
+        raise BadReply("not_json", "the reply is not JSON", text) from error

@@ -73,6 +73,13 @@ def _hide(part: Any) -> Any:
     }
 
 
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, a list of parts, or null, which is empty."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
+
+
 def flatten(messages: list[dict[str, Any]]) -> str:
     """A chat as one plain prompt, for models without a chat template: the texts, a blank line each.
 

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from nanoeval.models._http import BadReply
+from nanoeval.models._messages import text_of
 
 
 async def read_stream(
@@ -29,11 +30,14 @@ async def read_stream(
             break
         chunk = _parse(data)
         if chunk.get("error"):
-            raise BadReply("error_reply", f"the server reports an error: {chunk}", str(chunk))
-        for part in chunk.pop("choices", None) or []:
-            choice = choices.setdefault(part.get("index", 0), {"index": part.get("index", 0)})
-            if _merge(choice, part) and first_token is None:
-                first_token = time.perf_counter() - started
+            raise BadReply("error_reply", "the server reports an error", str(chunk))
+        try:
+            has_text = _add_choices(choices, chunk.pop("choices", None) or [])
+        except (AttributeError, TypeError) as error:
+            what = "the choices of a streamed event have another form than OpenAI's"
+            raise BadReply("bad_event", what, _decoded(data)) from error
+        if has_text and first_token is None:
+            first_token = time.perf_counter() - started
         reply.update({name: value for name, value in chunk.items() if value is not None})
     if not is_done and not all(c.get("finish_reason") for c in choices.values()):
         raise BadReply("cut", "the stream ended before the reply was complete")
@@ -42,25 +46,55 @@ async def read_stream(
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The data of each event. (aiohttp's own line reader refuses lines beyond 128 KiB.)"""
+    """The data of each event, as the HTML standard's section 9.2.6 reads them.
+
+    (aiohttp's own line reader refuses lines beyond 128 KiB.)
+    """
     rest = b""
+    data: list[bytes] = []
     async for chunk in response.content.iter_any():
-        *lines, rest = (rest + chunk).split(b"\n")
+        lines = (rest + chunk).splitlines(keepends=True)
+        # The last line may go on; also one that ends with CR, whose LF may be on its way.
+        rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip()
+                data.append(line[5:].strip())
+            elif data and line.isspace():
+                yield b"\n".join(data)
+                data.clear()
     if rest.startswith(b"data:"):
-        yield rest[5:].strip()
+        data.append(rest[5:].strip())
+    if data:
+        yield b"\n".join(data)
 
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
         chunk = json.loads(data)
-    except ValueError as error:
-        raise BadReply("not_json", f"an event of the stream is not JSON: {data[:200]!r}") from error
+    except (ValueError, RecursionError) as error:
+        what = "an event of the stream is not JSON"
+        raise BadReply("not_json", what, _decoded(data)) from error
     if not isinstance(chunk, dict):
-        raise BadReply("not_json", f"an event of the stream is not an object: {data[:200]!r}")
+        raise BadReply("not_json", "an event of the stream is not an object", _decoded(data))
     return chunk
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _add_choices(choices: dict[int, dict[str, Any]], parts: list[dict[str, Any]]) -> bool:
+    """Add an event's pieces to what there is of each choice; True when they brought text.
+
+    Raises AttributeError or TypeError for pieces of another form.
+    """
+    brought_text = False
+    for part in parts:
+        index = part.get("index") or 0
+        if not isinstance(index, int):
+            raise TypeError(f"index={index!r} must be a whole number")
+        brought_text |= _merge(choices.setdefault(index, {"index": index}), part)
+    return brought_text
 
 
 def _merge(choice: dict[str, Any], part: dict[str, Any]) -> bool:
@@ -70,9 +104,10 @@ def _merge(choice: dict[str, Any], part: dict[str, Any]) -> bool:
     if isinstance(delta, dict):
         message = choice.setdefault("message", {"role": "assistant", "content": None})
         for name, value in delta.items():
-            if isinstance(value, str) and name != "role":
-                message[name] = (message.get(name) or "") + value
-                brought_text |= value != ""
+            text = text_of(value) if name == "content" and isinstance(value, list) else value
+            if isinstance(text, str) and name != "role":
+                message[name] = (message.get(name) or "") + text
+                brought_text |= text != ""
             elif isinstance(value, list):
                 message.setdefault(name, []).extend(value)
     if isinstance(part.get("text"), str):

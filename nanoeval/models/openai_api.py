@@ -17,7 +17,6 @@ import chz
 from nanoeval._jsonl import encode_messages
 from nanoeval.models._concurrency import AdaptiveLimit, Limiter
 from nanoeval.models._http import (
-    BODY_START,
     BadReply,
     Exchange,
     HTTPClient,
@@ -28,7 +27,7 @@ from nanoeval.models._http import (
     read_json,
 )
 from nanoeval.models._logprobs import ServerLacks, score_echo
-from nanoeval.models._messages import hide_images
+from nanoeval.models._messages import hide_images, text_of
 from nanoeval.models._stream import read_stream
 from nanoeval.models.protocol import Completion, ContinuationScore, Model, Prompt, Usage
 from nanoeval.recorder import get_recorder
@@ -36,6 +35,8 @@ from nanoeval.recorder import get_recorder
 __all__ = ["OpenAICompletion", "OpenAIModel", "RequestRefused", "ServerFailure", "ServerLacks"]
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
+# What a request is about; `params` say how it is to be answered.
+OWN_FIELDS = ("model", "messages", "prompt")
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,11 @@ class OpenAIModel(Model):
     def _check_values(self) -> None:
         if self.base_url is not None:
             check_base_url(self.base_url)
+        if own := [name for name in OWN_FIELDS if name in self.params]:
+            raise ValueError(
+                f"the request parameter {own[0]}={self.params[own[0]]!r} would replace what is"
+                " asked of the server; leave it out"
+            )
         if self.max_tries < 1:
             raise ValueError(f"max_tries={self.max_tries} must be at least 1")
         for name in ("connect_timeout", "timeout"):
@@ -281,9 +287,11 @@ class OpenAIModel(Model):
 
 
 def model_names(reply: Any) -> list[str]:
-    """The names in a reply of /models; empty for one of another form."""
-    data = reply.get("data") if isinstance(reply, dict) else None
-    return [str(entry["id"]) for entry in data or [] if isinstance(entry, dict) and "id" in entry]
+    """The names in a reply of /models, each once; empty for one of another form."""
+    data = reply.get("data") if isinstance(reply, dict) else reply
+    entries = data if isinstance(data, list) else []
+    names = (str(entry["id"]) for entry in entries if isinstance(entry, dict) and "id" in entry)
+    return list(dict.fromkeys(names))
 
 
 def _encode(body: dict[str, Any]) -> bytes:
@@ -312,10 +320,9 @@ async def _read_reply(response: aiohttp.ClientResponse, started: float) -> _Repl
     choices = raw.get("choices") if isinstance(raw, dict) else None
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         return _Reply(raw, choices[0], first_token)
-    shown = json.dumps(raw)[:BODY_START]
     if isinstance(raw, dict) and raw.get("error"):
-        raise BadReply("error_reply", f"the server reports an error: {shown}", shown)
-    raise BadReply("no_choices", f"the reply holds no choices: {shown}", shown)
+        raise BadReply("error_reply", "the server reports an error", json.dumps(raw))
+    raise BadReply("no_choices", "the reply holds no choices", json.dumps(raw))
 
 
 def _completion(exchange: Exchange[_Reply]) -> OpenAICompletion:
@@ -336,10 +343,7 @@ def _completion(exchange: Exchange[_Reply]) -> OpenAICompletion:
 def _text(choice: dict[str, Any]) -> str:
     """The text of a choice; a null content (a tool call, a reply cut while thinking) is empty."""
     message = choice.get("message")
-    content = message.get("content") if isinstance(message, dict) else choice.get("text")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)
+    return text_of(message.get("content") if isinstance(message, dict) else choice.get("text"))
 
 
 def _usage(usage: Any) -> Usage:

@@ -50,7 +50,7 @@ async def probe(
     if "prompt_logprobs" in needs:
         await model.loglikelihood("The capital of France is", [" Paris"])
         return Probe(model)
-    found = await _ask(model, "images" in needs, dict(params or {}))
+    found = await _ask(model, "images" in needs, {**model.params, **(params or {})})
     if "logprobs" in needs and found.completion and not found.completion.logprobs:
         raise ServerLacks(
             f"{model.get_base_url()} ignores `logprobs`: its reply holds no log-probabilities"
@@ -58,28 +58,34 @@ async def probe(
     return found
 
 
-async def _ask(model: OpenAIModel, has_image: bool, params: dict[str, Any]) -> Probe:
+async def _ask(
+    model: OpenAIModel, has_image: bool, params: dict[str, Any], tokens: int = PROBE_TOKENS
+) -> Probe:
+    """Ask for at most `tokens` tokens, where `params` limit them with max_tokens."""
     # Other limits (max_completion_tokens, ...) are the user's own: two at once are refused.
-    if "max_tokens" in params:
-        params["max_tokens"] = min(params["max_tokens"], PROBE_TOKENS)
+    limit = params.get("max_tokens")
+    is_cut = isinstance(limit, int) and limit > tokens
+    asked = chz.replace(model, params={**params, "max_tokens": tokens} if is_cut else params)
     notes: list[str] = []
-    prompt = _picture_question() if has_image else QUESTION
     try:
-        completion = await model.complete(prompt, **params)
+        completion = await asked.complete(_picture_question() if has_image else QUESTION)
     except RequestRefused as error:
         if error.status in {401, 403, 404}:
             raise
         if model.stream and model.stream_usage and "stream_options" in str(error):
-            found = await _ask(chz.replace(model, stream_usage=False), has_image, params)
+            found = await _ask(chz.replace(model, stream_usage=False), has_image, params, tokens)
             return dataclasses.replace(
                 found, notes=[*found.notes, "no token counts when streaming"]
             )
+        if is_cut:
+            # The run's own limit may go with its other parameters (min_tokens) where ours does not.
+            return await _ask(model, has_image, params, params["max_tokens"])
         if has_image:
-            await model.complete(QUESTION, **params)
+            await asked.complete(QUESTION)
             raise ServerLacks(f"the server refuses images: {error}") from error
         raise
     if has_image:
-        notes += await _check_sight(model, completion, params)
+        notes += await _check_sight(asked, completion)
     if model.stream and completion.time_to_first_token is None:
         notes.append("the server does not stream: there are no times to first token")
     if completion.usage.completion_tokens is None:
@@ -87,14 +93,12 @@ async def _ask(model: OpenAIModel, has_image: bool, params: dict[str, Any]) -> P
     return Probe(model, completion, notes)
 
 
-async def _check_sight(
-    model: OpenAIModel, completion: OpenAICompletion, params: dict[str, Any]
-) -> list[str]:
+async def _check_sight(model: OpenAIModel, completion: OpenAICompletion) -> list[str]:
     """Nothing if the reply names the colour; else see whether the image cost any tokens."""
     if "red" in completion.text.lower():
         return []
     try:
-        blind = await model.complete(COLOUR_QUESTION, **params)
+        blind = await model.complete(COLOUR_QUESTION)
     except (RequestRefused, ServerFailure):
         blind = None
     with_image = completion.usage.prompt_tokens

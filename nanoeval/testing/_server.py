@@ -106,6 +106,8 @@ class ScriptedServer:
             raise ValueError(f"latency={latency} must be at least 0 seconds")
         if time_per_token < 0:
             raise ValueError(f"time_per_token={time_per_token} must be at least 0 seconds")
+        if not 0 <= port <= 65_535:
+            raise ValueError(f"port={port} must lie between 0 (any that is free) and 65535")
         if slots is not None and slots < 1:
             raise ValueError(f"slots={slots} must be at least 1, or None for no limit")
         self._script = reply
