@@ -396,9 +396,10 @@ class _Writer(aiosqlite.Connection):
 class Store:
     """One run set's database, open for writing."""
 
-    def __init__(self, path: Path, lease: float) -> None:
+    def __init__(self, path: Path, lease: float, may_create: bool = True) -> None:
         self.path = path
         self.lease = lease
+        self._may_create = may_create
         self._writer: _Writer | None = None
 
     async def __aenter__(self) -> Self:
@@ -406,8 +407,9 @@ class Store:
         if self.path.exists():
             check_private(self.path)
         with explained_errors(self.path):
-            # Made private from its first byte; SQLite gives its side files the same mode.
-            self.path.touch(mode=0o600)
+            if self._may_create:
+                # Made private from its first byte; SQLite gives its side files the same mode.
+                self.path.touch(mode=0o600)
             writer = _Writer(partial(_open, self.path), iter_chunk_size=64)
             await writer
             self._writer = writer
