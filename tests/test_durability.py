@@ -96,7 +96,7 @@ def plant(database: Path, mark: Path) -> None:
     blob = f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
     with sqlite3.connect(database) as db:
         db.execute("UPDATE eval SET spec = ?, recorder = ?, state = 'interrupted'", (blob, blob))
-        db.execute("UPDATE run_set SET definitions = ?", (blob,))
+        db.execute("UPDATE eval SET definitions = ?", (blob,))
     db.close()
 
 

@@ -125,10 +125,13 @@ async def test_a_database_of_an_earlier_version_is_brought_up_to_date(
     async with open_store(path, 6, concurrency=4) as (store, eval_id, executor_id):
         await store.exchange(executor_id, eval_id, [], 3)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("ALTER TABLE eval DROP COLUMN num_running")
+        for column in ("num_running", "definitions", "folders"):
+            db.execute(f"ALTER TABLE eval DROP COLUMN {column}")
+        db.execute("UPDATE run_set SET definitions = x'c0de'")
         db.execute("PRAGMA user_version = 1")
     async with Store(path, 60) as store:
         assert (await store.progress(eval_id)).num_running == 3
+        assert await store.definitions(eval_id) == b"\xc0\xde"
         other = await store.add_executor("worker")
         assert (await store.exchange(other, eval_id, [], 3)).num_claims == 1
 
