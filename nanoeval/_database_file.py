@@ -139,7 +139,8 @@ def _explain(error: Exception, path: Path) -> str:
 def _damaged(path: Path, detail: str) -> str:
     return (
         f"{path} is damaged ({detail}); nothing was read from it. A backup, if one was made, is"
-        " used when the damaged file is moved away and the run set is resumed"
+        f" used when it is moved away, and with it {path.name}-wal and {path.name}-shm where they"
+        " are, and the run set is resumed"
     )
 
 
