@@ -151,8 +151,8 @@ def loads(blob: bytes) -> Any:
     if crc32(blob) != CRC32_RESIDUE:
         raise DamagedPickleError(
             f"a pickle of {len(blob)} bytes in the database has changed since it was written: the"
-            " file is damaged. Go on from its backup, if one was made: move the file away and"
-            " resume the run set"
+            " file is damaged. Go on from its backup, if one was made: move the file away, and with"
+            " it those of its name that end in -wal and -shm, and resume the run set"
         )
     if blob[:1] == MODEL:
         return _restored(blob)

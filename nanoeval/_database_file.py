@@ -93,9 +93,11 @@ def in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], 
 
 @contextmanager
 def explained_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into StoreErrors that say what is safe and what to do."""
+    """Turn errors of SQLite and of files into StoreErrors that say what is safe and what to do."""
     try:
         yield
+    except OSError as error:
+        raise StoreError(_unwritable(path, error)) from error
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise StoreError(_explain(error, path)) from error
 
@@ -121,10 +123,7 @@ def _explain(error: Exception, path: Path) -> str:
             " resume the run set"
         )
     if "readonly" in text or "unable to open" in text:
-        return (
-            f"{path} cannot be written ({text}). Set NANOEVAL_DATABASE_DIR to a folder that this"
-            " user can write to"
-        )
+        return _unwritable(path, error)
     # A damaged schema may not even be text.
     if (
         isinstance(error, UnicodeDecodeError)
@@ -134,6 +133,13 @@ def _explain(error: Exception, path: Path) -> str:
     ):
         return _damaged(path, text)
     return f"{path}: {text}"
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    return (
+        f"{path} cannot be written ({error}). Set NANOEVAL_DATABASE_DIR to a folder that this user"
+        " can write to"
+    )
 
 
 def _damaged(path: Path, detail: str) -> str:

@@ -8,7 +8,8 @@ import os
 import random
 import sys
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 from nanoeval import _codec, _outcomes
@@ -109,8 +110,10 @@ async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Sequence[Task]]:
             async for batch in _in_batches(tasks, n_tasks):
                 yield batch
             return
-        listed = [t async for t in tasks] if isinstance(tasks, AsyncIterable) else list(tasks)
-    listed = listed[:n_tasks]
+        if isinstance(tasks, AsyncIterable):
+            listed = [task async for batch in _in_batches(tasks, n_tasks) for task in batch]
+        else:
+            listed = list(tasks)[:n_tasks]
     if spec.runner.shuffle:
         random.shuffle(listed)
     for first in range(0, len(listed), TASKS_PER_INSERT):
@@ -122,14 +125,16 @@ async def _in_batches(
 ) -> AsyncIterator[Sequence[Task]]:
     batch: list[Task] = []
     n_taken = 0
-    async for task in tasks:
-        if n_taken == n_tasks:
-            break
-        n_taken += 1
-        batch.append(task)
-        if len(batch) == TASKS_PER_INSERT:
-            yield batch
-            batch = []
+    # A generator may hold a file or a connection open.
+    async with aclosing(tasks) if isinstance(tasks, AsyncGenerator) else nullcontext():
+        async for task in tasks:
+            n_taken += 1
+            batch.append(task)
+            if n_taken == n_tasks:
+                break
+            if len(batch) == TASKS_PER_INSERT:
+                yield batch
+                batch = []
     if batch:
         yield batch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from nanoeval._heartbeat import Heartbeat
 from nanoeval._process_identity import ProcessIdentity
 from nanoeval._store import Store
 from nanoeval._worker import Worker
-from nanoeval.fs_paths import database_dir, database_dirs, default_root_dir
+from nanoeval.fs_paths import ENV_DATABASE_DIR, database_dir, database_dirs, default_root_dir
 from nanoeval.library_config import get_library_config
 from nanoeval.setup import say
 
@@ -71,7 +72,14 @@ def backup_path(run_set_id: str) -> Path:
 
 def resume_command(run_set_id: str) -> str:
     """What to type to go on with a run set."""
-    return f"python -m nanoeval.bin.resume run_set_id={run_set_id}"
+    return program_command("resume", run_set_id)
+
+
+def program_command(program: str, run_set_id: str) -> str:
+    """What to type, in any terminal, to call a program of nanoeval for a run set."""
+    folder = os.environ.get(ENV_DATABASE_DIR)
+    setting = f"{ENV_DATABASE_DIR}={shlex.quote(os.path.abspath(folder))} " if folder else ""
+    return f"{setting}python -m nanoeval.bin.{program} run_set_id={shlex.quote(run_set_id)}"
 
 
 def lease_seconds() -> float:

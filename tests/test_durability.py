@@ -338,3 +338,37 @@ def test_half_a_backup_of_a_killed_process_goes_with_the_next(tmp_path: Path) ->
         else:
             assert rm.delete(look_at(find_run_set("half")))
         assert list(target.parent.glob("*.partial")) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: run the tests as root")
+def test_a_database_folder_on_a_read_only_disk_is_named(tmp_path: Path) -> None:
+    """ "Read-only file system" says neither which nor what to do."""
+    folder = tmp_path / "read_only"
+    folder.mkdir(mode=0o700)
+    options = ["-o", "ro,size=1m,mode=0700"]
+    subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], check=True)
+    try:
+        code = (
+            "import asyncio\n"
+            "from nanoeval import run\n"
+            "from tests.sample_evals import Sums, spec\n"
+            "asyncio.run(run(spec(Sums(n=1), run_set_id='here')))\n"
+        )
+        for place in (folder, folder / "below"):
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(REPOSITORY),
+                    "NANOEVAL_DATABASE_DIR": str(place),
+                },
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            last = done.stderr.splitlines()[-1]
+            assert str(place) in last
+            assert "Read-only file system" in last
+            assert "NANOEVAL_DATABASE_DIR" in last
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
