@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from overhead import Noop, machine
 
 from nanoeval import EvalSpec, RunnerArgs, Task, _codec, _schema, run
 from nanoeval._chores import decoded
-from nanoeval._database_file import backup, check_database, connect, in_transaction
+from nanoeval._database_file import BackupSource, check_database, connect, in_transaction
 from nanoeval._store import Claim, Exchange, Finish, NewTask, Progress, Store, beat, reap
 from nanoeval._worker import Job, Worker
 from nanoeval.json_recorder import JsonRecorder
@@ -123,7 +123,8 @@ async def file_costs(folder: str, n: int = LARGE) -> dict[str, float]:
             pass
         summary = time.perf_counter() - started_at
     size = store.path.stat().st_size
-    copying = seconds_of(lambda: backup(store.path, store.path.with_suffix(".copy")))
+    with closing(BackupSource(store.path)) as source:
+        copying = seconds_of(lambda: source.back_up(store.path.with_suffix(".copy")))
     checking = seconds_of(lambda: check_database(store.path))
     return {
         "queue_per_row": queueing / n,

@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from nanoeval import _codec
-from nanoeval._database_file import backup
+from nanoeval._database_file import StoreError
 from nanoeval._jsonl import encode_line
 from nanoeval._outcomes import noting
 from nanoeval._progress import ProgressBar
-from nanoeval._run_set import RunSet, backup_path
+from nanoeval._run_set import RunSet, backup_path, resume_command
 from nanoeval._worker import Job
 from nanoeval.asyncio_utils import uninterrupted
 from nanoeval.eval import Eval, RolloutSystemError
@@ -67,15 +67,25 @@ async def _back_up_now_and_then(run_set: RunSet) -> None:
 
 async def back_up(run_set: RunSet) -> None:
     """Copy the run set's database to where it outlives a reboot; trouble is told, not raised."""
-    target = backup_path(run_set.run_set_id)
+    source = run_set.backup_source
+    assert source is not None, "drivers make backups"
     try:
+        target = backup_path(run_set.run_set_id)
         # One after the other, each to its end, so that an older copy never replaces a newer one.
         async with run_set.backing_up:
-            await uninterrupted(asyncio.to_thread(backup, run_set.store.path, target))
-    except (OSError, sqlite3.Error) as error:
+            await uninterrupted(asyncio.to_thread(source.back_up, target))
+    except (OSError, sqlite3.Error, StoreError) as error:
         say(
-            f"nanoeval: the backup of run set {run_set.run_set_id} to {target} failed ({error});"
-            " the run goes on. Make room there, or set should_backup=False"
+            f"nanoeval: a backup of run set {run_set.run_set_id} failed ({error}); the run goes on,"
+            " and the backup before, if there is one, stays as it is. Make room in its folder, or"
+            " set NANOEVAL_ROOT_DIR to another one, or should_backup=False"
+        )
+        return
+    if not await asyncio.to_thread(source.is_in_place):
+        say(
+            f"nanoeval: {source.path} was deleted or replaced while the run uses it. The run goes"
+            f" on, and keeps its results in the backup {target} alone. When it has ended,"
+            f" {resume_command(run_set.run_set_id)} goes on from that"
         )
 
 

@@ -2,8 +2,8 @@
 
 Standard pickle comes first: it is small and fast. What it cannot name (local classes, lambdas) goes
 by value through cloudpickle. Classes of `__main__` are pickled by name as well; another process,
-whose `__main__` is another module, gets their definitions once through `main_definitions` and
-`install_main_definitions` instead of once per object.
+whose `__main__` is another module, gets their definitions once per eval through `main_definitions`
+and `install_main_definitions` instead of once per object.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib import import_module
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 from zlib import crc32
 
@@ -26,6 +27,8 @@ CRC32_RESIDUE = 0x2144DF1C
 MODEL = b"M"
 # How a pickle names a class or a function.
 STACK_GLOBAL = b"\x93"
+# Where `__main__` keeps the names that came from another process.
+INSTALLED = "__nanoeval_installed__"
 # SQLite's own limit for one value is 10^9 bytes.
 MAX_BYTES = 900 * 2**20
 
@@ -165,8 +168,8 @@ def loads(blob: bytes) -> Any:
     if crc32(blob) != CRC32_RESIDUE:
         raise DamagedPickleError(
             f"a pickle of {len(blob)} bytes in the database has changed since it was written: the"
-            " file is damaged. Go on from its backup, if one was made: move the file away and"
-            " resume the run set"
+            " file is damaged. Go on from its backup, if one was made: move the file away, and with"
+            " it those of its name that end in -wal and -shm, and resume the run set"
         )
     if blob[:1] == MODEL:
         return _restored(blob)
@@ -208,16 +211,24 @@ def _each_picklable(defined: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def install_main_definitions(blob: bytes | None) -> None:
-    """Make definitions from another process's `__main__` known here, where they are unknown.
+    """Make definitions from another process's `__main__` known here.
 
-    Names that this process's `__main__` has already are kept, as they are for any module.
+    They replace those of an earlier call. Names that this process's own `__main__` has are kept, as
+    they are for any module.
     """
     if blob is None:
         return
-    main = sys.modules["__main__"]
+    main = vars(sys.modules["__main__"])
+    installed: set[str] = main.setdefault(INSTALLED, set())
     for name, value in loads(blob).items():
-        if not hasattr(main, name):
-            setattr(main, name, value)
+        if name in installed or name not in main:
+            main[name] = value
+            installed.add(name)
+
+
+def empty_main() -> None:
+    """For a program whose `__main__` is there for another's definitions, whatever their names."""
+    sys.modules["__main__"] = ModuleType("__main__")
 
 
 def is_main_defined(value: Any) -> bool:

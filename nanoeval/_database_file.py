@@ -1,11 +1,12 @@
 """One run set's database as a file: opened, checked, copied, its errors explained.
 
-Knows the schema's version, not its tables.
+Knows the schema's version; of the tables only that `run_set` has a row.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 from nanoeval import _schema
 from nanoeval.fs_paths import check_private
@@ -22,15 +24,31 @@ T = TypeVar("T")
 BUSY_TIMEOUT = 30.0
 # A larger write-ahead log means fewer, larger checkpoints on the writing thread.
 WAL_AUTOCHECKPOINT_PAGES = 4000
+# What SQLite keeps beside a database. Left behind without it, they are taken for those of the next.
+SIDE_FILES = ("-wal", "-shm", "-journal")
 
 
 class StoreError(RuntimeError):
     """The database cannot be used; the message says what is safe and what to do."""
 
 
+def open_existing(path: Path) -> sqlite3.Connection:
+    """Open for writing. Unlike SQLite left to itself, it never creates a file that is missing."""
+    return sqlite3.connect(
+        f"file:{quote(str(path))}?mode=rw",
+        uri=True,
+        timeout=BUSY_TIMEOUT,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
 def connect(path: Path) -> sqlite3.Connection:
-    """Open for writing, in the way all our connections are, and bring the schema up to date."""
-    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    """Open an existing file, in the way all our connections are, and bring its schema up to date.
+
+    An empty file becomes a database without rows.
+    """
+    db = open_existing(path)
     try:
         _schema.refuse_newer(db, str(path))
         _use_write_ahead_log(db)
@@ -75,9 +93,11 @@ def in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], 
 
 @contextmanager
 def explained_errors(path: Path) -> Iterator[None]:
-    """Turn SQLite's errors into StoreErrors that say what is safe and what to do."""
+    """Turn errors of SQLite and of files into StoreErrors that say what is safe and what to do."""
     try:
         yield
+    except OSError as error:
+        raise StoreError(_unwritable(path, error)) from error
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise StoreError(_explain(error, path)) from error
 
@@ -85,6 +105,11 @@ def explained_errors(path: Path) -> Iterator[None]:
 def _explain(error: Exception, path: Path) -> str:
     """What a person needs to know of an SQLite error: what is safe, and what to do."""
     text = str(error)
+    if "unable to open" in text and not path.exists():
+        return (
+            f"{path} is gone: somebody deleted it. End the run where it still goes on, then resume"
+            " the run set: its backup, if one was made, is used"
+        )
     if "full" in text:
         return (
             f"the disk that holds {path} is full; everything committed before is safe in that"
@@ -98,10 +123,7 @@ def _explain(error: Exception, path: Path) -> str:
             " resume the run set"
         )
     if "readonly" in text or "unable to open" in text:
-        return (
-            f"{path} cannot be written ({text}). Set NANOEVAL_DATABASE_DIR to a folder that this"
-            " user can write to"
-        )
+        return _unwritable(path, error)
     # A damaged schema may not even be text.
     if (
         isinstance(error, UnicodeDecodeError)
@@ -113,10 +135,18 @@ def _explain(error: Exception, path: Path) -> str:
     return f"{path}: {text}"
 
 
+def _unwritable(path: Path, error: Exception) -> str:
+    return (
+        f"{path} cannot be written ({error}). Set NANOEVAL_DATABASE_DIR to a folder that this user"
+        " can write to"
+    )
+
+
 def _damaged(path: Path, detail: str) -> str:
     return (
         f"{path} is damaged ({detail}); nothing was read from it. A backup, if one was made, is"
-        " used when the damaged file is moved away and the run set is resumed"
+        f" used when it is moved away, and with it {path.name}-wal and {path.name}-shm where they"
+        " are, and the run set is resumed"
     )
 
 
@@ -130,7 +160,7 @@ def check_database(path: Path) -> None:
     with (
         explained_errors(path),
         # Not read-only: the log of a killed process has to be played back first.
-        closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)) as db,
+        closing(open_existing(path)) as db,
     ):
         _schema.refuse_newer(db, str(path))
         problems = db.execute("PRAGMA quick_check(1)").fetchall()
@@ -140,25 +170,87 @@ def check_database(path: Path) -> None:
             raise StoreError(_damaged(path, "it has no tables of nanoeval"))
 
 
-def backup(source: Path, target: Path) -> None:
-    """Copy a database consistently while it is in use, replacing `target` in one step.
+class BackupSource:
+    """A database that is in use, as backups are made of it.
 
-    Blocks: call it in a thread.
+    Its connection is opened at once and kept. So it holds up no writer, and goes on seeing what the
+    run writes when somebody deletes the file (a log-out may clear /dev/shm). Everything here
+    blocks: call it in a thread, one call at a time.
     """
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial_copy = target.with_suffix(f".{threading.get_ident()}.partial")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = open_existing(path)
+        # SQLite opens the file and its log with the first read.
+        self._db.execute("PRAGMA user_version").fetchone()
+        self._file = _file_at(path)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def is_in_place(self) -> bool:
+        """Whether the path still leads to the file that is in use."""
+        return _file_at(self.path) == self._file
+
+    def back_up(self, target: Path) -> None:
+        """Copy the database consistently, replacing `target` in one step.
+
+        Raises OSError or sqlite3.Error, and StoreError for a database that was emptied; `target` is
+        then as it was.
+        """
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left_behind in partial_copies(target, of_dead_processes=True):
+            left_behind.unlink(missing_ok=True)
+        copy = target.with_suffix(f".{os.getpid()}.{threading.get_ident()}.partial")
+        try:
+            copy.touch(mode=0o600, exist_ok=False)
+            with closing(sqlite3.connect(copy)) as write:
+                # A copy that is not finished is thrown away: it is made safe once, when whole.
+                write.execute("PRAGMA synchronous = OFF")
+                write.execute("PRAGMA journal_mode = OFF")
+                self._db.backup(write)
+            _refuse_empty(copy, self.path)
+            with open(copy, "rb+") as whole:
+                os.fsync(whole)
+            copy.replace(target)
+        finally:
+            copy.unlink(missing_ok=True)
+
+
+def partial_copies(target: Path, *, of_dead_processes: bool = False) -> list[Path]:
+    """Backups to `target` that are being made, or that a killed process left half done."""
+    name = re.compile(rf"{re.escape(target.stem)}\.(\d+)\.\d+\.partial")
+    matches = [(path, name.fullmatch(path.name)) for path in target.parent.glob("*.partial")]
+    return [
+        path
+        for path, match in matches
+        if match and not (of_dead_processes and _exists(int(match[1])))
+    ]
+
+
+def _exists(pid: int) -> bool:
     try:
-        partial_copy.touch(mode=0o600, exist_ok=False)
-        with (
-            closing(sqlite3.connect(source, timeout=BUSY_TIMEOUT)) as read,
-            closing(sqlite3.connect(partial_copy)) as write,
-        ):
-            # A copy that is not finished is thrown away: it is made safe once, when it is whole.
-            write.execute("PRAGMA synchronous = OFF")
-            write.execute("PRAGMA journal_mode = OFF")
-            read.backup(write)
-        with open(partial_copy, "rb+") as whole:
-            os.fsync(whole)
-        partial_copy.replace(target)
-    finally:
-        partial_copy.unlink(missing_ok=True)
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _refuse_empty(copy: Path, path: Path) -> None:
+    with closing(sqlite3.connect(f"file:{quote(str(copy))}?immutable=1", uri=True)) as db:
+        try:
+            row = db.execute("SELECT 1 FROM run_set AS r").fetchone()
+        except sqlite3.DatabaseError:
+            row = None
+    if row is None:
+        raise StoreError(f"{path} was emptied or damaged")

@@ -25,7 +25,6 @@ from nanoeval.fs_paths import check_private, database_dirs
 
 # A reader of a WAL database hardly ever waits: only while somebody recovers or closes the file.
 BUSY_TIMEOUT = 1.0
-SIDE_FILES = ("-wal", "-shm", "-journal")
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -66,8 +66,9 @@ class LineWriter:
         except OSError as error:
             raise type(error)(
                 error.errno,
-                f"events cannot be recorded ({error.strerror}); set NANOEVAL_LOG_DIR to a folder"
-                " that you may write to, or use the recorder dummy_recorder()",
+                f"events cannot be recorded ({error.strerror}); make the place writable, where a"
+                " run that is resumed goes on recording. For a new run set NANOEVAL_LOG_DIR to a"
+                " folder that you may write to, or use the recorder dummy_recorder()",
                 str(self.path),
             ) from error
 

@@ -1,17 +1,21 @@
-"""Puts an eval's tasks into the database and lets them go. Knows no rollouts."""
+"""Puts an eval and its tasks into the database, and finds its code again. Knows no rollouts."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
+import sys
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, nullcontext
 from typing import Any
 
 from nanoeval import _codec, _outcomes
 from nanoeval._outcomes import noting
 from nanoeval._run_set import RunSet
-from nanoeval._store import BATCH_BYTES, NewTask
+from nanoeval._store import BATCH_BYTES, NewTask, StoredEval
 from nanoeval.eval import EvalSpec, Task, get_tasks
 from nanoeval.library_config import get_library_config
 from nanoeval.recorder_protocol import RecorderProtocol
@@ -19,13 +23,28 @@ from nanoeval.recorder_protocol import RecorderProtocol
 TASKS_PER_INSERT = 1024
 
 
-async def queue_eval(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
-    """List the eval's tasks and queue them; returns the eval's id and how many tasks it has."""
+class MissingCodeError(RuntimeError):
+    """The code of a stored eval cannot be imported here; the message says what to do."""
+
+
+async def queue_eval(
+    run_set: RunSet, spec: EvalSpec, folders: str | None = None
+) -> tuple[int, int]:
+    """List the eval's tasks and queue them; returns the eval's id and how many tasks it has.
+
+    `folders`, as in StoredEval, are by default those of this process.
+    """
     name = spec.eval.get_name()
     blob = _codec.dumps(spec, "the EvalSpec of %s", name)
     needs_definitions = b"__main__" in blob
     eval_id = await run_set.store.add_eval(
-        name, await spec.model_name(), spec.runner.concurrency, blob
+        name,
+        await spec.model_name(),
+        spec.runner.concurrency,
+        blob,
+        # Already now: a run that is killed while it lists its tasks begins anew from the spec.
+        _codec.main_definitions() if needs_definitions else None,
+        folders or _code_folders(),
     )
     num_tasks = 0
     inserting: deque[asyncio.Task[None]] = deque()
@@ -45,13 +64,37 @@ async def queue_eval(run_set: RunSet, spec: EvalSpec) -> tuple[int, int]:
         if num_tasks == 0:
             raise ValueError(f"No tasks to evaluate: {name}.get_tasks() returned none")
         await run_set.store.refuse_duplicates(eval_id)
-        if needs_definitions and (definitions := _codec.main_definitions()) is not None:
-            await run_set.store.set_definitions(definitions)
+        if needs_definitions:
+            # Once more: get_tasks() may have set what `evaluate` looks up.
+            await run_set.store.set_definitions(eval_id, _codec.main_definitions())
     except BaseException:
         await asyncio.gather(*inserting, return_exceptions=True)
         await run_set.store.delete_eval(eval_id)
         raise
     return eval_id, num_tasks
+
+
+def _code_folders() -> str:
+    return json.dumps([os.path.abspath(sys.path[0]), os.getcwd()])
+
+
+async def stored_spec(run_set: RunSet, stored: StoredEval) -> EvalSpec:
+    """What was queued as an eval, its classes made known to this process.
+
+    Raises MissingCodeError where they cannot be imported.
+    """
+    folders = json.loads(stored.folders)
+    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
+    try:
+        _codec.install_main_definitions(await run_set.store.definitions(stored.eval_id))
+        spec: EvalSpec = _codec.loads(stored.spec)
+    except (ImportError, AttributeError) as error:
+        raise MissingCodeError(
+            f"the code of {stored.name} cannot be imported ({error}); it was looked for in"
+            f" {' and '.join(folders) or 'the working folder'} too. Set PYTHONPATH to the folder of"
+            " its modules, then resume the run set"
+        ) from error
+    return spec
 
 
 async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Sequence[Task]]:
@@ -66,8 +109,10 @@ async def _selected_tasks(spec: EvalSpec) -> AsyncIterator[Sequence[Task]]:
             async for batch in _in_batches(tasks, n_tasks):
                 yield batch
             return
-        listed = [t async for t in tasks] if isinstance(tasks, AsyncIterable) else list(tasks)
-    listed = listed[:n_tasks]
+        if isinstance(tasks, AsyncIterable):
+            listed = [task async for batch in _in_batches(tasks, n_tasks) for task in batch]
+        else:
+            listed = list(tasks)[:n_tasks]
     if spec.runner.shuffle:
         random.shuffle(listed)
     for first in range(0, len(listed), TASKS_PER_INSERT):
@@ -79,14 +124,16 @@ async def _in_batches(
 ) -> AsyncIterator[Sequence[Task]]:
     batch: list[Task] = []
     n_taken = 0
-    async for task in tasks:
-        if n_taken == n_tasks:
-            break
-        n_taken += 1
-        batch.append(task)
-        if len(batch) == TASKS_PER_INSERT:
-            yield batch
-            batch = []
+    # A generator may hold a file or a connection open.
+    async with aclosing(tasks) if isinstance(tasks, AsyncGenerator) else nullcontext():
+        async for task in tasks:
+            n_taken += 1
+            batch.append(task)
+            if n_taken == n_tasks:
+                break
+            if len(batch) == TASKS_PER_INSERT:
+                yield batch
+                batch = []
     if batch:
         yield batch
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nanoeval._database_file import BackupSource
 from nanoeval._diagnostics import diagnosing
 from nanoeval._heartbeat import Heartbeat
 from nanoeval._process_identity import ProcessIdentity
 from nanoeval._store import Store
 from nanoeval._worker import Worker
-from nanoeval.fs_paths import database_dir, database_dirs, default_root_dir
+from nanoeval.fs_paths import ENV_DATABASE_DIR, database_dir, database_dirs, default_root_dir
 from nanoeval.library_config import get_library_config
 from nanoeval.setup import say
 
@@ -29,11 +31,12 @@ DEFAULT_LEASE = 15.0
 
 @dataclass
 class RunSet:
-    """One process's part in a run set."""
+    """One process's part in a run set; drivers have a `backup_source`."""
 
     run_set_id: str
     store: Store
     executor_id: int
+    backup_source: BackupSource | None = None
     workers: list[Worker] = field(default_factory=list)
     backing_up: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -69,7 +72,14 @@ def backup_path(run_set_id: str) -> Path:
 
 def resume_command(run_set_id: str) -> str:
     """What to type to go on with a run set."""
-    return f"python -m nanoeval.bin.resume run_set_id={run_set_id}"
+    return program_command("resume", run_set_id)
+
+
+def program_command(program: str, run_set_id: str) -> str:
+    """What to type, in any terminal, to call a program of nanoeval for a run set."""
+    folder = os.environ.get(ENV_DATABASE_DIR)
+    setting = f"{ENV_DATABASE_DIR}={shlex.quote(os.path.abspath(folder))} " if folder else ""
+    return f"{setting}python -m nanoeval.bin.{program} run_set_id={shlex.quote(run_set_id)}"
 
 
 def lease_seconds() -> float:
@@ -88,17 +98,25 @@ def lease_seconds() -> float:
 
 @asynccontextmanager
 async def join_run_set(path: Path, role: str) -> AsyncIterator[RunSet]:
-    """Open a run set's database and take part in it as `role`, "driver" or "worker"."""
-    async with Store(path, lease_seconds()) as store:
+    """Open a run set's database and take part in it as `role`, "driver" or "worker".
+
+    A driver creates the database where it is missing.
+    """
+    is_driver = role == "driver"
+    async with Store(path, lease_seconds(), may_create=is_driver) as store:
         await store.create_run_set(path.stem, _command())
         executor_id = await store.add_executor(role)
         # What died before this process came is no sign of a rollout that kills its process.
         await store.reap(losses=0)
         # Workers end with their driver: what happens to them is its business.
-        on_reaped = _tell_of_death if role == "driver" else None
-        with Heartbeat(path, executor_id, store.lease, on_reaped):
+        on_reaped = _tell_of_death if is_driver else None
+        source = await asyncio.to_thread(BackupSource, path) if is_driver else None
+        with (
+            closing(source) if source else nullcontext(),
+            Heartbeat(path, executor_id, store.lease, on_reaped),
+        ):
             try:
-                run_set = RunSet(path.stem, store, executor_id)
+                run_set = RunSet(path.stem, store, executor_id, source)
                 with diagnosing(path, executor_id, run_set.rollouts_in_flight):
                     yield run_set
             finally:

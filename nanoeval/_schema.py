@@ -151,7 +151,17 @@ _FIND_LOST_ONES = """
 CREATE INDEX task_lost ON task (eval_id, state, losses) WHERE losses > 0;
 """
 
-MIGRATIONS = (_INITIAL, _COUNT_CLAIMS, _FIND_LOST_ONES)
+_KEEP_CODE_PER_EVAL = """
+-- Classes of __main__, pickled by value: an edited script may add an eval to its run set.
+ALTER TABLE eval ADD COLUMN definitions BLOB;
+-- JSON: where its modules may lie, the folders of its script and of its process.
+ALTER TABLE eval ADD COLUMN folders TEXT NOT NULL DEFAULT '[]';
+UPDATE eval SET definitions = (SELECT r.definitions FROM run_set AS r);
+-- This column is not used any more.
+UPDATE run_set SET definitions = NULL;
+"""
+
+MIGRATIONS = (_INITIAL, _COUNT_CLAIMS, _FIND_LOST_ONES, _KEEP_CODE_PER_EVAL)
 
 
 class NewerSchemaError(RuntimeError):

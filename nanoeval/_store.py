@@ -48,8 +48,8 @@ CREATE_RUN_SET = """
 INSERT INTO run_set (id, created_at, nanoeval_version, host, command)
 SELECT :id, :now, :version, :host, :command WHERE NOT EXISTS (SELECT 1 FROM run_set AS r)"""
 
-SET_DEFINITIONS = "UPDATE run_set SET definitions = :definitions WHERE definitions IS NULL"
-GET_DEFINITIONS = "SELECT r.definitions FROM run_set AS r"
+SET_DEFINITIONS = "UPDATE eval SET definitions = :definitions WHERE id = :eval_id"
+GET_DEFINITIONS = "SELECT e.definitions FROM eval AS e WHERE e.id = :eval_id"
 
 ADD_EXECUTOR = """
 INSERT INTO executor
@@ -93,8 +93,8 @@ DROP_CLAIMS = """
 DELETE FROM claim WHERE executor_id = :executor_id AND (:eval_id IS NULL OR eval_id = :eval_id)"""
 
 ADD_EVAL = """
-INSERT INTO eval (name, model_name, state, concurrency, created_at, spec)
-VALUES (:name, :model_name, 'queueing', :concurrency, :now, :spec)"""
+INSERT INTO eval (name, model_name, state, concurrency, created_at, spec, definitions, folders)
+VALUES (:name, :model_name, 'queueing', :concurrency, :now, :spec, :definitions, :folders)"""
 
 LAST_TASK_ID = "SELECT coalesce(max(t.id), 0) FROM task AS t"
 
@@ -259,7 +259,8 @@ MAKE_DUE = (
 )
 
 EVALS = """
-SELECT e.id, e.run_id, e.name, e.state, e.num_tasks, e.num_scored, e.num_failed, e.spec, e.recorder
+SELECT e.id, e.run_id, e.name, e.state, e.num_tasks, e.num_scored, e.num_failed, e.spec, e.recorder,
+    e.folders
 FROM eval AS e ORDER BY e.id"""
 
 COUNTED_SINCE = """
@@ -389,7 +390,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class StoredEval:
-    """One eval of a run set, as it was queued."""
+    """One eval of a run set, as it was queued; `folders`, JSON, is where its modules may lie."""
 
     eval_id: int
     run_id: str | None
@@ -400,6 +401,7 @@ class StoredEval:
     num_failed: int
     spec: bytes
     recorder: bytes | None
+    folders: str
 
 
 class _Writer(aiosqlite.Connection):
@@ -417,9 +419,10 @@ class _Writer(aiosqlite.Connection):
 class Store:
     """One run set's database, open for writing."""
 
-    def __init__(self, path: Path, lease: float) -> None:
+    def __init__(self, path: Path, lease: float, may_create: bool = True) -> None:
         self.path = path
         self.lease = lease
+        self._may_create = may_create
         self._writer: _Writer | None = None
 
     async def __aenter__(self) -> Self:
@@ -427,8 +430,9 @@ class Store:
         if self.path.exists():
             check_private(self.path)
         with explained_errors(self.path):
-            # Made private from its first byte; SQLite gives its side files the same mode.
-            self.path.touch(mode=0o600)
+            if self._may_create:
+                # Made private from its first byte; SQLite gives its side files the same mode.
+                self.path.touch(mode=0o600)
             writer = _Writer(partial(_open, self.path), iter_chunk_size=64)
             await writer
             self._writer = writer
@@ -450,14 +454,16 @@ class Store:
         }
         await self._write(lambda db: db.execute(CREATE_RUN_SET, row))
 
-    async def set_definitions(self, definitions: bytes) -> None:
-        """Keep the definitions of `__main__` for other processes."""
-        await self._write(lambda db: db.execute(SET_DEFINITIONS, {"definitions": definitions}))
+    async def set_definitions(self, eval_id: int, definitions: bytes | None) -> None:
+        """Keep the definitions of `__main__` that other processes need for an eval."""
+        row = {"eval_id": eval_id, "definitions": definitions}
+        await self._write(lambda db: db.execute(SET_DEFINITIONS, row))
 
-    async def definitions(self) -> bytes | None:
-        """What `set_definitions` kept."""
-        row = await self._read(lambda db: db.execute(GET_DEFINITIONS).fetchone())
-        return None if row is None else row[0]
+    async def definitions(self, eval_id: int) -> bytes | None:
+        """The definitions of `__main__` that an eval needs, if any."""
+        row = {"eval_id": eval_id}
+        (definitions,) = await self._read(lambda db: db.execute(GET_DEFINITIONS, row).fetchone())
+        return definitions  # type: ignore[no-any-return]
 
     async def add_executor(self, role: str, process: ProcessIdentity | None = None) -> int:
         """Register `process`, by default this one, as `role`; returns its executor id.
@@ -492,7 +498,13 @@ class Store:
         return [(id, role, process) for id, role, process, _ in rows]
 
     async def add_eval(
-        self, name: str, model_name: str, concurrency: int | None, spec: bytes
+        self,
+        name: str,
+        model_name: str,
+        concurrency: int | None,
+        spec: bytes,
+        definitions: bytes | None = None,
+        folders: str = "[]",
     ) -> int:
         """Add an eval without tasks, not yet started; returns its id."""
         row = {
@@ -501,6 +513,8 @@ class Store:
             "concurrency": concurrency,
             "now": time.time(),
             "spec": spec,
+            "definitions": definitions,
+            "folders": folders,
         }
         eval_id = await self._write(lambda db: db.execute(ADD_EVAL, row).lastrowid)
         assert eval_id is not None
@@ -720,6 +734,14 @@ def reap(db: sqlite3.Connection, losses: int) -> list[tuple[ProcessIdentity, int
             continue
         reaped.append((process, _end_executor(db, executor_id, reason, losses)))
     return reaped
+
+
+def end_all(db: sqlite3.Connection, reason: str) -> list[ProcessIdentity]:
+    """End all executors, in the caller's transaction; returns the processes of the drivers."""
+    executors = _live_executors(db)
+    for executor_id, *_ in executors:
+        _end_executor(db, executor_id, reason)
+    return [process for _, role, process, _ in executors if role == "driver"]
 
 
 def _add_tasks(

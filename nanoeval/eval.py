@@ -17,6 +17,8 @@ from nanoeval.asyncio_utils import HasAsyncContextManager
 from nanoeval.recorder_protocol import RecorderConfig
 
 ENV_ALLOW_ZERO_CONCURRENCY = "NANOEVAL_ALLOW_ZERO_CONCURRENCY"
+# File names have 255 bytes at most, and those of a run set's files add to its id.
+MAX_ID_BYTES = 200
 
 
 class Task(BaseModel):
@@ -335,6 +337,11 @@ class RunnerArgs:
         if self.run_set_id is not None and (not self.run_set_id or "/" in self.run_set_id):
             raise ValueError(
                 f"run_set_id={self.run_set_id!r} names a file: it must be non-empty, without '/'"
+            )
+        if self.run_set_id is not None and len(os.fsencode(self.run_set_id)) > MAX_ID_BYTES:
+            raise ValueError(
+                f"run_set_id={self.run_set_id[:40]!r}… names a file: it must have {MAX_ID_BYTES}"
+                f" bytes at most, not {len(os.fsencode(self.run_set_id))}"
             )
 
 

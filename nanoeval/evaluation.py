@@ -21,7 +21,7 @@ from nanoeval._inspect import list_run_sets
 from nanoeval._monitor_process import monitor_process, require_streamlit
 from nanoeval._outcomes import noting
 from nanoeval._progress import ProgressBar, progress_bar
-from nanoeval._queueing import queue_eval, recorder_config, start_eval
+from nanoeval._queueing import queue_eval, recorder_config, start_eval, stored_spec
 from nanoeval._run_set import RunSet, database_path, join_run_set, resume_command
 from nanoeval._store import Progress, StoredEval
 from nanoeval._summary_text import summary_text
@@ -118,12 +118,11 @@ async def run_eval_in_database(run_id: str) -> dict[str, Any]:
 
 async def resume_eval(run_set: RunSet, stored: StoredEval) -> dict[str, Any]:
     """Go on with one eval of an open run set; its tasks are listed anew if they never all were."""
-    _codec.install_main_definitions(await run_set.store.definitions())
-    spec: EvalSpec = _codec.loads(stored.spec)
+    spec = await stored_spec(run_set, stored)
     recorder: RecorderProtocol
     if stored.run_id is None:
         await run_set.store.delete_eval(stored.eval_id)
-        eval_id, num_tasks = await queue_eval(run_set, spec)
+        eval_id, num_tasks = await queue_eval(run_set, spec, stored.folders)
         recorder = await start_eval(run_set, spec, eval_id, num_tasks)
         return await _carry_out(run_set, spec, eval_id, recorder)
     if stored.recorder is not None:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 ENV_DATABASE_DIR = "NANOEVAL_DATABASE_DIR"
+ENV_ROOT_DIR = "NANOEVAL_ROOT_DIR"
 # Below this much free space /dev/shm is no place for databases (containers often give it 64 MiB).
 MIN_FREE_BYTES = 64 * 1024**2
 
@@ -70,7 +71,7 @@ def default_root_dir() -> Path:
     where the home folder cannot be written, `nanoeval-<uid>-state` in the temp folder, with one log
     line.
     """
-    if chosen := os.environ.get("NANOEVAL_ROOT_DIR"):
+    if chosen := os.environ.get(ENV_ROOT_DIR):
         return private_dir(Path(chosen).absolute(), tighten=False)
     state_home = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
     try:
@@ -79,7 +80,7 @@ def default_root_dir() -> Path:
         fallback = Path(tempfile.gettempdir()) / f"{_user_folder()}-state"
         _log_fallback(
             f"backups go to {fallback}, which may not outlive a reboot: {error};"
-            " set NANOEVAL_ROOT_DIR to choose another folder"
+            f" set {ENV_ROOT_DIR} to choose another folder"
         )
         return private_dir(fallback)
 
@@ -95,6 +96,13 @@ def private_dir(path: Path, *, tighten: bool = True) -> Path:
     except FileExistsError as error:
         raise NotADirectoryError(
             f"{path} is no folder, but one is needed there; remove it or choose another place"
+        ) from error
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"a folder cannot be made ({error.strerror}); set {ENV_DATABASE_DIR}, or for backups"
+            f" {ENV_ROOT_DIR}, to one that this user can write to",
+            str(path),
         ) from error
     if tighten:
         _check_owner(path)

@@ -319,6 +319,27 @@ def test_durations_and_sizes_read_well() -> None:
     ]
 
 
+def test_the_command_to_go_on_can_be_pasted(
+    terminal: Terminal, database_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A space in a name, or a folder set for one run alone, would resume another run or none."""
+    make("my run")
+    change(database_folder / "my run.db", "UPDATE eval SET state = 'interrupted'")
+    command = terminal("ls").out.partition("To go on: ")[2].strip()
+    assert f"NANOEVAL_DATABASE_DIR={database_folder} python" in command
+    monkeypatch.delenv("NANOEVAL_DATABASE_DIR")
+    done = subprocess.run(
+        command.replace("python", sys.executable, 1),
+        shell=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sums: 10/10 done" in done.stderr
+
+
 # --- concurrency
 
 

@@ -58,7 +58,8 @@ def test_killed_run_has_no_live_executor() -> None:
     finding = only(diagnose("killed"), "no live executor")
     assert "died" in finding.problem
     assert "finished results are kept" in finding.problem
-    assert finding.remedy == "Go on with: python -m nanoeval.bin.resume run_set_id=killed"
+    assert finding.remedy.startswith("Go on with: NANOEVAL_DATABASE_DIR=")
+    assert finding.remedy.endswith(" python -m nanoeval.bin.resume run_set_id=killed")
 
 
 def test_stopped_process_is_told_from_a_dead_one(database_folder: Path) -> None:
@@ -177,3 +178,18 @@ def test_program_says_which_run_sets_there_are() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.strip().startswith("nanoeval: there is no run set 'sum'; did you mean sums?")
+
+
+async def test_an_emptied_database_is_sent_back_to_its_backup(database_folder: Path) -> None:
+    """The doctor would say that nothing is wrong where every result is gone."""
+    await run(spec(Sums(n=6), run_set_id="sums", should_backup=True))
+    path = database_folder / "sums.db"
+    change(path, "DELETE FROM outcome", "DELETE FROM task", "DELETE FROM eval")
+    (finding,) = diagnose("sums")
+    assert "It holds no eval" in finding.problem
+    assert f"move {path} away, and with it sums.db-wal" in finding.remedy
+    path.unlink()
+    path.touch(mode=0o600)
+    (finding,) = diagnose("sums")
+    assert "is empty" in finding.problem
+    assert finding.remedy.startswith("Go on from its backup")

@@ -9,17 +9,22 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanoeval import _codec, _schema, run
+from nanoeval._chores import back_up
 from nanoeval._database_file import StoreError
-from nanoeval._inspect import UnknownRunSetError
+from nanoeval._inspect import UnknownRunSetError, find_run_set, look_at
+from nanoeval._run_set import backup_path
 from nanoeval._schema import NewerSchemaError
+from nanoeval.bin import rm
 from nanoeval.bin.resume import resume
-from tests.sample_evals import Sums, spec
+from nanoeval.evaluation import joined
+from tests.sample_evals import Sums, lines, spec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -91,7 +96,7 @@ def plant(database: Path, mark: Path) -> None:
     blob = f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
     with sqlite3.connect(database) as db:
         db.execute("UPDATE eval SET spec = ?, recorder = ?, state = 'interrupted'", (blob, blob))
-        db.execute("UPDATE run_set SET definitions = ?", (blob,))
+        db.execute("UPDATE eval SET definitions = ?", (blob,))
     db.close()
 
 
@@ -244,3 +249,126 @@ def test_evals_of_main_are_resumed_by_another_program(tmp_path: Path) -> None:
     (summary,) = db.execute("SELECT summary FROM eval").fetchone()
     db.close()
     assert '"right": 20, "n": 40' in summary
+
+
+MODES = {"in_process": {}, "processes": {"executor": "processes", "num_processes": 2}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_database_that_is_deleted_during_the_run_lives_on_in_its_backup(
+    mode: str,
+    tmp_path: Path,
+    database_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Logging out clears /dev/shm: the last good copy would be replaced by an empty one."""
+    monkeypatch.setattr("nanoeval._chores.SECONDS_TO_FIRST_BACKUP", 0.1)
+    log = tmp_path / "log"
+    eval = Sums(n=40, seconds=0.05, log=str(log))
+    options = {"run_set_id": "gone", "concurrency": 2, "should_backup": True, **MODES[mode]}
+    running = asyncio.create_task(run(spec(eval, **options)))
+    while len(lines(log)) < 10:
+        await asyncio.sleep(0.01)
+    for file in database_folder.glob("gone.db*"):
+        file.unlink()
+    summary = await running
+    assert "gone.db was deleted or replaced while the run uses it" in capsys.readouterr().err
+    assert list(database_folder.iterdir()) == []
+    (again,) = await resume("gone", resume_completed_evals=True)
+    assert again == summary
+    assert again["num_scored"] == 40
+
+
+async def test_an_emptied_database_never_replaces_its_backup(
+    database_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One slip (`> X.db`) would cost the run and its copy as well."""
+    path = database_folder / "cut.db"
+
+    async def empty_it() -> None:
+        async with joined("cut") as run_set:
+            await back_up(run_set)
+            before = backup_path("cut").read_bytes()
+            with closing(sqlite3.connect(path)) as db:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            os.truncate(path, 0)
+            await back_up(run_set)
+            assert backup_path("cut").read_bytes() == before
+
+    with pytest.raises(StoreError, match=r"cut\.db is damaged"):
+        await empty_it()
+    assert "a backup of run set cut failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("root", ["/proc/nowhere", "file"])
+async def test_a_run_that_cannot_be_backed_up_goes_on(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong folder for copies would end the run that they are made of."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NANOEVAL_ROOT_DIR", str(tmp_path / root))
+    summary = await run(spec(Sums(n=5), should_backup=True))
+    assert summary["num_scored"] == 5
+    told = capsys.readouterr().err
+    assert "a backup of run set" in told
+    assert str(tmp_path / root) in told
+
+
+def test_half_a_backup_of_a_killed_process_goes_with_the_next(tmp_path: Path) -> None:
+    """Every kill during a backup would take the disk space of one more."""
+    target = Path(os.environ["NANOEVAL_ROOT_DIR"], "backups", "half.db")
+    code = (
+        "import os, signal, sqlite3, sys\n"
+        "from contextlib import closing\n"
+        "from pathlib import Path\n"
+        "from nanoeval import _database_file\n"
+        "_database_file._refuse_empty = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "_database_file.BackupSource(Path(sys.argv[1])).back_up(Path(sys.argv[2]))\n"
+    )
+    asyncio.run(run(spec(Sums(n=3), run_set_id="half")))
+    database = Path(os.environ["NANOEVAL_DATABASE_DIR"], "half.db")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for next_step in ("backup", "rm"):
+        command = [sys.executable, "-c", code, str(database), str(target)]
+        assert subprocess.run(command, env=environment, check=False).returncode == -9
+        assert len(list(target.parent.glob("*.partial"))) == 1
+        if next_step == "backup":
+            asyncio.run(run(spec(Sums(n=3), run_set_id="half", should_backup=True)))
+        else:
+            assert rm.delete(look_at(find_run_set("half")))
+        assert list(target.parent.glob("*.partial")) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root: run the tests as root")
+def test_a_database_folder_on_a_read_only_disk_is_named(tmp_path: Path) -> None:
+    """ "Read-only file system" says neither which nor what to do."""
+    folder = tmp_path / "read_only"
+    folder.mkdir(mode=0o700)
+    options = ["-o", "ro,size=1m,mode=0700"]
+    subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], check=True)
+    try:
+        code = (
+            "import asyncio\n"
+            "from nanoeval import run\n"
+            "from tests.sample_evals import Sums, spec\n"
+            "asyncio.run(run(spec(Sums(n=1), run_set_id='here')))\n"
+        )
+        for place in (folder, folder / "below"):
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": str(REPOSITORY),
+                    "NANOEVAL_DATABASE_DIR": str(place),
+                },
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            last = done.stderr.splitlines()[-1]
+            assert str(place) in last
+            assert "Read-only file system" in last
+            assert "NANOEVAL_DATABASE_DIR" in last
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

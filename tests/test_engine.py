@@ -181,6 +181,7 @@ async def test_a_summary_that_raised_can_be_computed_again(monkeypatch: pytest.M
         ({"summary_interval": -2.0}, "summary_interval=-2.0"),
         ({"fail_on_error": 1.5}, "fail_on_error=1.5"),
         ({"run_set_id": "a/b"}, "run_set_id='a/b'"),
+        ({"run_set_id": "é" * 101}, "200 bytes at most, not 202"),
     ],
 )
 def test_bad_runner_arguments_name_field_and_value(arguments: dict[str, Any], says: str) -> None:
@@ -272,6 +273,29 @@ async def test_tasks_may_come_from_an_async_generator() -> None:
 
     summary = await run(spec(Streamed(n=2000), n_tasks=1500))
     assert summary["num_scored"] == 1500
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+async def test_a_generator_lists_no_more_than_is_asked_for(shuffle: bool) -> None:
+    """A quick look at two questions would fail for the third, or leave its file open."""
+    steps = []
+
+    @chz.chz
+    class Guarded(Sums):
+        async def get_tasks(self) -> Any:
+            try:
+                for a in range(self.n):
+                    steps.append(a)
+                    yield Sum(question_id=f"q{a}", a=a)
+            finally:
+                steps.append("closed")
+
+        async def evaluate(self, task: Sum) -> bool:
+            steps.append("evaluated")
+            return True
+
+    await run(spec(Guarded(n=9), n_tasks=2, shuffle=shuffle))
+    assert steps == [0, 1, "closed", "evaluated", "evaluated"]
 
 
 async def test_private_attributes_reach_evaluate() -> None:

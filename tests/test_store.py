@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanoeval import _schema
-from nanoeval._database_file import StoreError, backup, check_database
+from nanoeval._database_file import BackupSource, StoreError, check_database
 from nanoeval._heartbeat import Heartbeat
 from nanoeval._store import (
     Claim,
@@ -26,6 +26,7 @@ from nanoeval._store import (
     Finish,
     NewTask,
     Store,
+    diagnose,
 )
 
 
@@ -39,6 +40,7 @@ async def open_store(
 ) -> Any:
     """A store with one running eval of `n_tasks` and one executor: (store, eval id, executor)."""
     async with Store(path, lease) as store:
+        await store.create_run_set(path.stem, "test")
         executor_id = await store.add_executor("driver")
         eval_id = await store.add_eval("eval", "model", concurrency, b"spec")
         await store.add_tasks(eval_id, 0, new_tasks(n_tasks))
@@ -124,10 +126,13 @@ async def test_a_database_of_an_earlier_version_is_brought_up_to_date(
         await store.exchange(executor_id, eval_id, [], 3)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("DROP INDEX task_lost")
-        db.execute("ALTER TABLE eval DROP COLUMN num_running")
+        for column in ("num_running", "definitions", "folders"):
+            db.execute(f"ALTER TABLE eval DROP COLUMN {column}")
+        db.execute("UPDATE run_set SET definitions = x'c0de'")
         db.execute("PRAGMA user_version = 1")
     async with Store(path, 60) as store:
         assert (await store.progress(eval_id)).num_running == 3
+        assert await store.definitions(eval_id) == b"\xc0\xde"
         other = await store.add_executor("worker")
         assert (await store.exchange(other, eval_id, [], 3)).num_claims == 1
 
@@ -192,16 +197,31 @@ async def test_a_backup_is_whole_while_the_database_is_in_use(tmp_path: Path) ->
     path, copy = tmp_path / "s.db", tmp_path / "backups" / "s.db"
     async with open_store(path, 5000) as (store, eval_id, executor_id):
         claims = (await store.exchange(executor_id, eval_id, [], 5000)).claims()
-        copying = asyncio.create_task(asyncio.to_thread(backup, path, copy))
+        source = BackupSource(path)
+        copying = asyncio.create_task(asyncio.to_thread(source.back_up, copy))
         for first in range(0, 5000, 100):
             done = [scored(claim) for claim in claims[first : first + 100]]
             await store.exchange(executor_id, eval_id, done, 0)
         await copying
+        source.close()
     check_database(copy)
     async with Store(copy, 60) as store:
         progress = await store.progress(eval_id)
         assert progress.num_scored == len(await all_results(store, eval_id))
         assert progress.num_scored + progress.num_running == 5000
+
+
+async def test_a_database_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    """What looks at a deleted run would leave an empty one behind, and hide the backup."""
+    path = tmp_path / "s.db"
+    with pytest.raises(StoreError, match="is gone: somebody deleted it"):
+        async with Store(path, 60, may_create=False):
+            pass
+    with Heartbeat(path, 1, 0.1):
+        await asyncio.sleep(0.2)
+    with pytest.raises(sqlite3.OperationalError):
+        diagnose(path, 1, stalls=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_closed_store_and_a_folder_that_is_missing_say_so(tmp_path: Path) -> None:

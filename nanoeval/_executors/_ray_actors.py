@@ -65,7 +65,7 @@ class Desk:
     """An actor: a run set's database, for workers elsewhere."""
 
     def __init__(self, path: str, lease: float) -> None:
-        self._store = Store(Path(path), lease)
+        self._store = Store(Path(path), lease, may_create=False)
         self._opening: asyncio.Future[Any] | None = None
         self._executor_ids: dict[int, int] = {}
         self._events: dict[int, list[bytes]] = defaultdict(list)

@@ -91,7 +91,7 @@ class WorkerProcess:
             self._answer("done", number, answer)
 
     async def _stored_eval(self, run_set: RunSet, eval_id: int) -> StoredEval:
-        _codec.install_main_definitions(await run_set.store.definitions())
+        _codec.install_main_definitions(await run_set.store.definitions(eval_id))
         return next(e for e in await run_set.store.evals() if e.eval_id == eval_id)
 
     def _answer(self, *message: Any) -> None:
@@ -114,6 +114,7 @@ async def _main(connection: socket.socket) -> None:
 if __name__ == "__main__":
     raise_file_limit()
     tune_interpreter()
+    _codec.empty_main()
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         os.set_inheritable(connection.fileno(), False)
         asyncio.run(_main(connection))

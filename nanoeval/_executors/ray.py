@@ -386,7 +386,7 @@ class _Shift:
             path=str(store.path),
             lease=store.lease,
             stored=stored,
-            definitions=await store.definitions(),
+            definitions=await store.definitions(self._job.eval_id),
             run_spec=recorder.run_spec,
             urls={view: recorder.evalboard_url(view) for view in ("run", "monitor")},
             num_sharers=len(self._pool.workers),

@@ -17,6 +17,7 @@ from chz.blueprint import (
 
 from nanoeval._database_file import StoreError
 from nanoeval._inspect import UnknownRunSetError, UnreadableRunSetError
+from nanoeval._queueing import MissingCodeError
 from nanoeval._schema import NewerSchemaError
 
 HELP_WORDS = {"--help", "-h", "help"}
@@ -33,12 +34,17 @@ EXPECTED_ERRORS = (
     UnreadableRunSetError,
     NewerSchemaError,
     StoreError,
+    MissingCodeError,
     OSError,
 )
 
 
 class CommandError(Exception):
     """What the person asked for cannot be done; the message is the line they see."""
+
+
+class StillRunningError(CommandError):
+    """A run set is at work in another process."""
 
 
 def run_command(main: Callable[..., None], manual: str | None) -> NoReturn:

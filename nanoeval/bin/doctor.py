@@ -21,6 +21,7 @@ from nanoeval import _inspect, _inspect_run
 from nanoeval._diagnostics import Stall
 from nanoeval._inspect import EvalRow, ExecutorRow, RunSetRow
 from nanoeval._inspect_run import InFlight
+from nanoeval._run_set import program_command
 from nanoeval.bin._command import CommandError, run_command
 from nanoeval.monitor.events import LastEvents, moment_of
 from nanoeval.monitor.history import History
@@ -68,13 +69,28 @@ def main(run_set_id: str | None = None) -> None:
 def findings(row: RunSetRow) -> list[Finding]:
     """All that is wrong with a run set, the worst first."""
     if row.problem is not None:
-        remedy = "A backup, if there is one, is used when the file is moved away and resumed."
-        return [Finding(f"{row.problem[:1].upper()}{row.problem[1:]}.", remedy)]
+        return [Finding(f"{row.problem[:1].upper()}{row.problem[1:]}.", _way_back(row))]
+    if row.state == "empty":
+        return [Finding("It holds no eval: none was queued, or it was emptied.", _way_back(row))]
     found = [*_executors(row), *_folder(row.file.path)]
     with _inspect.reading(row.file.path) as db:
         for eval in row.evals:
             found += _eval(row, eval, db)
     return found
+
+
+def _way_back(row: RunSetRow) -> str:
+    """What to do about a file without results."""
+    path, backup = row.file.path, row.file.backup
+    if backup is None or row.file.is_backup:
+        delete = program_command("rm", row.run_set_id)
+        return f"There is no backup of it. Start the run again; `{delete}` deletes what is left."
+    if row.size_bytes == 0:
+        return f"Go on from its backup, {backup}: {row.resume_command}"
+    return (
+        f"To go on from its backup, {backup}, move {path} away, and with it {path.name}-wal and"
+        f" {path.name}-shm where they are; then {row.resume_command}"
+    )
 
 
 def _headline(row: RunSetRow) -> str:
@@ -213,7 +229,7 @@ def _eval(row: RunSetRow, eval: EvalRow, db: sqlite3.Connection) -> Iterator[Fin
 
 def _queue(row: RunSetRow, eval: EvalRow, db: sqlite3.Connection) -> Iterator[Finding]:
     queue = _inspect_run.queue(db, eval.eval_id)
-    concurrency = f"python -m nanoeval.bin.concurrency run_set_id={row.run_set_id} set=N"
+    concurrency = f"{program_command('concurrency', row.run_set_id)} set=N"
     if eval.concurrency == 0 and queue.num_queued:
         yield Finding(
             f"The concurrency of {eval.name} is 0: none of {queue.num_queued:,} queued tasks is"
@@ -248,8 +264,7 @@ def _errors(row: RunSetRow, eval: EvalRow, db: sqlite3.Connection) -> Iterator[F
                 f"{share:.0f} % of the tries of {eval.name} ended with {error.error_type}:"
                 f" {error.line} ({error.num_tries:,} tries, {error.num_failed:,} of which were the"
                 " last).",
-                "Their tracebacks stand in the monitor: python -m nanoeval.bin.mon"
-                f" run_set_id={row.run_set_id}",
+                f"Their tracebacks stand in the monitor: {program_command('mon', row.run_set_id)}",
             )
 
 

@@ -11,20 +11,17 @@ from the stored results.
 from __future__ import annotations
 
 import asyncio
-import shutil
+from itertools import groupby
 from typing import Any
 
+from nanoeval import _codec
 from nanoeval._database_file import check_database
-from nanoeval._inspect import find_run_set
-from nanoeval._run_set import RunSet, backup_path, database_path
+from nanoeval._run_set import RunSet, database_path
 from nanoeval._store import StoredEval
-from nanoeval.bin._command import CommandError, run_command
+from nanoeval.bin._command import StillRunningError, run_command
+from nanoeval.bin._restore import restore_if_gone
 from nanoeval.evaluation import joined, resume_eval
 from nanoeval.setup import global_exit_stack, nanoeval_entrypoint, say
-
-
-class StillRunningError(CommandError):
-    """A run set is at work in another process."""
 
 
 async def resume(run_set_id: str, resume_completed_evals: bool = False) -> list[dict[str, Any]]:
@@ -33,36 +30,37 @@ async def resume(run_set_id: str, resume_completed_evals: bool = False) -> list[
     `resume_completed_evals` also computes the summaries of finished evals anew. Uses the backup
     where the working file is gone. Raises UnknownRunSetError if there is no such run set,
     StillRunningError if it is running, StoreError if its database is damaged, NewerSchemaError if a
-    later version wrote it, PermissionError if it belongs to someone else.
+    later version wrote it, PermissionError if it belongs to someone else, MissingCodeError if the
+    code of an eval cannot be imported.
     """
-    path, copy = database_path(run_set_id), backup_path(run_set_id)
-    if not path.exists() and not copy.exists():
-        find_run_set(run_set_id)  # raises, and names the nearest ids
-    is_restored = not path.exists()
-    if is_restored:
-        await asyncio.to_thread(check_database, copy)
-        await asyncio.to_thread(shutil.copy2, copy, path)
-        say(f"The working file is gone; going on from its backup {copy}.")
+    path = database_path(run_set_id)
+    await asyncio.to_thread(restore_if_gone, run_set_id, path)
     await asyncio.to_thread(check_database, path)
     async with global_exit_stack, joined(run_set_id) as run_set:
-        await _refuse_running(run_set, is_restored)
+        await _refuse_running(run_set)
         evals = await run_set.store.evals()
         for stored in evals:
             say(_describe(stored))
         chosen = [e for e in evals if e.state != "finished" or resume_completed_evals]
         if not chosen:
             say("Nothing is left to do. resume_completed_evals=True computes the summaries anew.")
-        return list(await asyncio.gather(*(resume_eval(run_set, stored) for stored in chosen)))
+        return await _resume_all(run_set, chosen)
 
 
-async def _refuse_running(run_set: RunSet, is_restored: bool) -> None:
-    """Raise RunSetError if another driver is at work; in a backup, those that were are history."""
+async def _resume_all(run_set: RunSet, evals: list[StoredEval]) -> list[dict[str, Any]]:
+    """Go on with evals side by side, but one after the other where an edited script queued them:
+    this process can have one definition of a name at a time."""
+    definitions = {e.eval_id: await run_set.store.definitions(e.eval_id) for e in evals}
+    summaries: list[dict[str, Any]] = []
+    for _, alike in groupby(evals, key=lambda e: definitions[e.eval_id]):
+        summaries += await asyncio.gather(*(resume_eval(run_set, stored) for stored in alike))
+    return summaries
+
+
+async def _refuse_running(run_set: RunSet) -> None:
+    """Raise StillRunningError if another driver is at work."""
     for executor_id, role, process in await run_set.store.live_executors():
-        if executor_id == run_set.executor_id:
-            continue
-        if is_restored:
-            await run_set.store.end_executor(executor_id, "was at work when the backup was made")
-        elif role == "driver":
+        if role == "driver" and executor_id != run_set.executor_id:
             raise StillRunningError(
                 f"run set {run_set.run_set_id} is still running, as process {process.pid} on"
                 f" {process.host}; end that process first"
@@ -83,4 +81,5 @@ def main(run_set_id: str, resume_completed_evals: bool = False) -> None:
 
 
 if __name__ == "__main__":
+    _codec.empty_main()
     run_command(main, __doc__)

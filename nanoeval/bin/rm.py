@@ -22,7 +22,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanoeval._inspect import SIDE_FILES, RunSetRow, find_run_set, list_run_sets, look_at
+from nanoeval._database_file import SIDE_FILES, partial_copies
+from nanoeval._inspect import RunSetRow, find_run_set, list_run_sets, look_at
+from nanoeval._run_set import backup_path
 from nanoeval.bin._command import CommandError, run_command
 from nanoeval.bin.ls import size, table
 from nanoeval.fs_paths import check_private
@@ -91,6 +93,8 @@ def delete(row: RunSetRow) -> bool:
         # The write-ahead log goes first: left alone, it would be taken for that of a new database.
         for victim in (*(Path(f"{path}{suffix}") for suffix in SIDE_FILES), path):
             victim.unlink(missing_ok=True)
+    for left_behind in partial_copies(backup_path(row.run_set_id)):
+        left_behind.unlink(missing_ok=True)
     print(f"Deleted {row.run_set_id} ({size(row.size_bytes)})")
     return True
 
