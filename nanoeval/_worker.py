@@ -105,12 +105,17 @@ class Worker:
         self._is_stopping = False
         self._serving: asyncio.Task[Any] | None = None
         self._cancelled_before = 0
+        self._is_to_stop = False
         self._fatal: list[FatalRolloutError] = []
 
     def rollouts_in_flight(self) -> list[tuple[str, float]]:
         """(task name, start time) of the rollouts at work, oldest first. Safe from any thread."""
         at_work = sorted(self._started_at.copy().values(), key=lambda item: item[1])
         return [(f"{c.question_id}.{c.attempt_id}.{c.retry_idx}", began) for c, began in at_work]
+
+    def start_no_more(self) -> None:
+        """Begin no further rollout: a cancellation is on its way. Safe from any thread."""
+        self._is_to_stop = True
 
     async def serve(self) -> None:
         """Run rollouts until the eval is done or no longer running.
@@ -291,7 +296,7 @@ class Worker:
         while self._held_bytes > MAX_HELD_BYTES:
             self._has_room_for_results.clear()
             await self._has_room_for_results.wait()
-        if self._is_cancelled():
+        if self._is_to_stop or self._is_cancelled():
             return  # it waited its turn behind rollouts that compute; the claim is given back
         started_at = time.time()
         group_id = f"{claim.attempt_id}.{claim.retry_idx}"

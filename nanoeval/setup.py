@@ -137,15 +137,24 @@ def _first_signal_cancels(task: asyncio.Task[Any]) -> Iterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
+    process_id = os.getpid()
     received: list[int] = []
 
     # Plain signal handlers, not the loop's: they run even while a rollout blocks the loop.
     def on_signal(number: int, frame: object) -> None:
+        if os.getpid() != process_id:
+            # A forked child has inherited this handler; it is to end as any process does.
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
         received.append(number)
         if len(received) > 1:
             os._exit(EXIT_INTERRUPTED)
         os.write(2, b"\nStopping: handing in what is finished. Once more to exit at once.\n")
-        loop.call_soon_threadsafe(task.cancel)
+        # At once, so that rollouts whose turn is still to come see it; and the loop is to wake up.
+        task.cancel()
+        loop.call_soon_threadsafe(lambda: None)
 
     previous = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)

@@ -7,8 +7,8 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +287,67 @@ class AlwaysKilling(Sums):
         if task.a == 3:
             os.kill(os.getpid(), 9)
         await asyncio.sleep(0.02)
+        return True
+
+
+@pytest.mark.parametrize("way", ["exit", "interrupt", "cancel", "cancel_all"])
+async def test_what_ends_a_worker_from_inside_ends_the_run(
+    mode_apart: dict[str, Any], way: str
+) -> None:
+    """A run whose rollouts never ran would end as finished and valid."""
+    with pytest.raises(RuntimeError, match="ended a worker"):
+        await run(spec(Leaving(n=40, seconds=0.05, way=way), concurrency=4, **mode_apart))
+
+
+@chz.chz
+class Leaving(Sums):
+    """Ends its worker: at its start, or at question 7 by cancelling all tasks but its own."""
+
+    way: str
+
+    @asynccontextmanager
+    async def _context(self) -> AsyncIterator[None]:
+        if self.way == "exit":
+            sys.exit(3)
+        if self.way == "interrupt":
+            raise KeyboardInterrupt
+        if self.way == "cancel":
+            raise asyncio.CancelledError
+        yield
+
+    async def evaluate(self, task: Any) -> bool:
+        if self.way == "cancel_all" and task.a == 7:
+            for other in asyncio.all_tasks() - {asyncio.current_task()}:
+                other.cancel()
+        return await super().evaluate(task)
+
+
+@pytest.mark.slow
+async def test_a_blocked_worker_does_not_hold_up_ctrl_c(
+    mode_apart: dict[str, Any], tmp_path: Path, database_folder: Path
+) -> None:
+    """Whoever stops the run would sit out every blocking call, one after the other."""
+    log = tmp_path / "log"
+    eval = Blocking(n=8, log=str(log))
+    task = asyncio.ensure_future(run(spec(eval, run_set_id="blocked", concurrency=4, **mode_apart)))
+    await until(lambda: len(lines(log)) >= 2)
+    began = time.monotonic()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert time.monotonic() - began < 2 + 2  # a slow machine's allowance
+    with closing(sqlite3.connect(database_folder / "blocked.db")) as db:
+        assert db.execute("SELECT count(*) FROM claim").fetchone() == (0,)
+        assert db.execute("SELECT sum(losses) FROM task").fetchone() == (0,)
+
+
+@chz.chz
+class Blocking(Sums):
+    """Blocks the event loop."""
+
+    async def evaluate(self, task: Any) -> bool:
+        append(self.log, "blocks")
+        time.sleep(25)
         return True
 
 

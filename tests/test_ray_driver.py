@@ -116,6 +116,26 @@ async def test_ctrl_c_ends_a_run_on_ray_in_order(program: Program, tmp_path: Pat
     assert executed - outcomes("stopped") <= 20
 
 
+async def test_ctrl_c_while_the_cluster_starts_leaves_nothing_behind(
+    program: Program, tmp_path: Path
+) -> None:
+    """Agents of a cluster that never was would search for their head, a minute long."""
+    driver = program("early", str(tmp_path / "log"), "2000")
+    started: list[int] = []
+
+    def is_up() -> bool:
+        started[:] = descendants(driver.pid)
+        return any("raylet" in title(pid) for pid in started)
+
+    await until(is_up)
+    driver.send_signal(signal.SIGINT)
+    while driver.poll() is None:
+        started += descendants(driver.pid)
+        await asyncio.sleep(0.05)
+    assert driver.returncode == 130
+    await until(lambda: not any(map(alive, started)), seconds=5)
+
+
 RAY = Path(sys.executable).with_name("ray")
 ADDRESS = "127.0.0.1:26379"
 

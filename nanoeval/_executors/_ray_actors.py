@@ -13,7 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,12 +25,12 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 from nanoeval import _codec, _outcomes
 from nanoeval._database_file import StoreError
 from nanoeval._diagnostics import Watchdog, stall_seconds
+from nanoeval._executors._answers import errors_to_tell
 from nanoeval._jsonl import encode_line
 from nanoeval._process_identity import ProcessIdentity, this_process
 from nanoeval._recorder_base import RecorderBase
 from nanoeval._store import Exchange, Finish, Store, StoredEval
 from nanoeval._worker import Job, Worker, portable_errors
-from nanoeval.asyncio_utils import cancel_task
 from nanoeval.library_config import set_library_config
 from nanoeval.recorder_protocol import RunSpec
 from nanoeval.setup import nanoeval_logging, raise_file_limit, tune_interpreter
@@ -164,10 +164,11 @@ class RayWorker:
         try:
             if order.number in self._was_stopped:
                 task.cancel()
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await cancel_task(task)
-            return None
+            while not task.done():
+                # The eval's own code may cancel this too; what that did is `_serve`'s to tell.
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+            return None if order.number in self._was_stopped and task.cancelled() else task.result()
         finally:
             del self._serving[order.number]
 
@@ -193,10 +194,8 @@ class RayWorker:
                     await worker.serve()
         except DeskLostError:
             raise
-        except ExceptionGroup as group:
-            errors = list(group.exceptions)
-        except Exception as error:
-            errors = [error]
+        except BaseException as error:
+            errors = errors_to_tell(error, order.number in self._was_stopped)
         finally:
             await counter.leave(executor_id, eval_id)
         where = f"an actor on {this_process().host}, process {this_process().pid}"

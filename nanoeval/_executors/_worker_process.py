@@ -1,4 +1,4 @@
-"""The main program of a worker process; see `processes`. Serves orders until its socket closes."""
+"""The main program of a worker process; see `processes`. Serves orders until it is told to end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import signal
 import socket
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nanoeval import _codec
+from nanoeval._executors._answers import errors_to_tell
 from nanoeval._executors.processes import LENGTH, Order
 from nanoeval._run_set import RunSet, join_run_set
 from nanoeval._store import StoredEval
@@ -26,6 +29,9 @@ from nanoeval.setup import (
     tune_interpreter,
 )
 
+# How often a worker looks whether its parent lives, seconds.
+PARENT_POLL = 0.5
+
 
 class WorkerProcess:
     """Carries out the orders that come over the socket."""
@@ -34,38 +40,44 @@ class WorkerProcess:
         self._connection = connection
         self._loop = asyncio.get_running_loop()
         self._orders: dict[int, asyncio.Task[None]] = {}
+        self._was_stopped: set[int] = set()
+        self._workers: dict[int, Worker] = {}
         self._messages: asyncio.Queue[Any] = asyncio.Queue()
 
     async def run(self) -> None:
-        """Serve until the parent closes its end, then stop what is running."""
+        """Serve until the parent says that this is the end, then stop what is running."""
         threading.Thread(target=self._read_messages, daemon=True).start()
         async with asyncio.TaskGroup() as group:
-            while (message := await self._messages.get()) is not None:
+            while (message := await self._messages.get()) != ("end",):
                 kind, *rest = message
                 if kind == "configure":
-                    path, library_config = rest
-                    sys.path[:] = path
+                    (library_config,) = rest
                     set_library_config(_codec.loads(library_config))
                     nanoeval_logging()
                 elif kind == "serve":
                     number, order = rest
                     self._orders[number] = group.create_task(self._serve(number, order))
+                    # A task that is cancelled before it has begun would never answer.
+                    await asyncio.sleep(0)
                 elif (order_task := self._orders.get(rest[0])) is not None:
+                    self._was_stopped.add(rest[0])
+                    self._answer("stopping", rest[0])
                     order_task.cancel()
             for order_task in self._orders.values():
                 order_task.cancel()
 
     def _read_messages(self) -> None:
         """On a thread of its own, so that the parent's death is seen while a rollout blocks."""
-        with self._connection.makefile("rb") as stream:
+        # A parent that dies with answers unread resets the connection.
+        with suppress(OSError), self._connection.makefile("rb") as stream:
             while header := stream.read(LENGTH.size):
                 message = pickle.loads(stream.read(*LENGTH.unpack(header)))
+                if message[0] == "stop" and (worker := self._workers.get(message[1])) is not None:
+                    worker.start_no_more()
                 self._loop.call_soon_threadsafe(self._messages.put_nowait, message)
-        if self._orders:
-            # The parent is gone and nobody wants an answer; what was committed is safe. The whole
-            # session goes, so that no process of a rollout outlives the run.
-            os.killpg(os.getpgrp(), signal.SIGKILL)
-        self._loop.call_soon_threadsafe(self._messages.put_nowait, None)
+                if message == ("end",):
+                    return
+        _end_session()
 
     async def _serve(self, number: int, order: Order) -> None:
         errors: list[BaseException] = []
@@ -78,14 +90,14 @@ class WorkerProcess:
                 stored = await self._stored_eval(run_set, order.eval_id)
                 job = _job(stored)
                 worker = Worker(run_set.store, run_set.executor_id, job, order.num_sharers)
+                self._workers[number] = worker
                 with job.recorder, run_set.shows(worker):
                     await worker.serve()
-        except ExceptionGroup as group:
-            errors = list(group.exceptions)
-        except Exception as error:
-            errors = [error]
+        except BaseException as error:
+            errors = errors_to_tell(error, number in self._was_stopped)
         finally:
             del self._orders[number]
+            self._workers.pop(number, None)
             where = f"worker process {os.getpid()}"
             answer = portable_errors(errors, where) if errors else None
             self._answer("done", number, answer)
@@ -111,10 +123,28 @@ async def _main(connection: socket.socket) -> None:
         await WorkerProcess(connection).run()
 
 
-if __name__ == "__main__":
+def _end_with(parent: int) -> None:
+    """End when the parent has, even if a process that it forked keeps its end of the socket."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL)
+    _end_session()
+
+
+def _end_session() -> None:
+    """The parent is gone and nobody wants an answer; what was committed is safe.
+
+    The whole session goes, so that no process of a rollout outlives the run.
+    """
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def main() -> None:
+    """Serve the parent, whose process id is the second argument, over the socket of the first."""
+    file, parent = map(int, sys.argv[1:])
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     raise_file_limit()
     tune_interpreter()
     _codec.empty_main()
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+    with socket.socket(fileno=file) as connection:
         os.set_inheritable(connection.fileno(), False)
         asyncio.run(_main(connection))

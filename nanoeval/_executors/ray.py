@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nanoeval import _codec
+from nanoeval._executors._answers import STOP_WITHIN
 from nanoeval._recorder_base import event_time
 from nanoeval._run_set import RunSet
 from nanoeval._store import Progress
@@ -140,7 +141,8 @@ class RayPool:
         try:
             await self._in_thread(self._connect)
         except BaseException:
-            self._thread.shutdown(wait=False)
+            # Ray's start cannot be interrupted; without an end in order, its agents would stay.
+            await uninterrupted(self.__aexit__())
             raise
         return self
 
@@ -343,9 +345,10 @@ class _Shift:
                 errors = answer.result()
                 return list(_codec.loads(errors)) if errors else []
             except asyncio.CancelledError:
-                worker.stop.remote(order.number)
-                if not await self._is_answered(answer, order.number):
+                seen = asyncio.ensure_future(_awaited(worker.stop.remote(order.number)))
+                if not await self._is_answered(answer, order.number, seen):
                     await self._pool.replace(place)
+                await cancel_task(seen)
                 raise
             except RayTaskError as error:
                 raise error.cause from None
@@ -363,16 +366,24 @@ class _Shift:
                 await cancel_task(over)
                 await cancel_task(answer)
 
-    async def _is_answered(self, answer: asyncio.Future[Any], number: int) -> bool:
+    async def _is_answered(
+        self, answer: asyncio.Future[Any], number: int, seen: asyncio.Future[Any] | None = None
+    ) -> bool:
         """Wait for the answer to an order while its worker, in the end perhaps busy with clean-up,
-        shows signs of life; one that hangs loses its lease, one that was never placed has none."""
+        shows signs of life; one that hangs loses its lease, one that was never placed has none, and
+        one whose event loop is blocked has not `seen` the stop."""
+        store = self._run_set.store
+        began = time.monotonic()
         while not answer.done():
             await asyncio.wait([answer], timeout=POLL)
+            does_react = seen is None or seen.done() or time.monotonic() - began < STOP_WITHIN
             if not answer.done():
                 executor_id = await self._desk.executor_of.remote(number)
-                live = [id for id, _, _ in await self._run_set.store.live_executors()]
-                if executor_id not in live:
+                live = [id for id, _, _ in await store.live_executors()]
+                if executor_id not in live or not does_react:
                     await asyncio.wait([answer], timeout=POLL)
+                    if not answer.done() and executor_id is not None:
+                        await store.end_executor(executor_id, "actor hung")
                     return answer.done()
         return True
 
