@@ -116,10 +116,16 @@ async def run_eval_in_database(run_id: str) -> dict[str, Any]:
     raise LookupError(f"no run set in {database_dirs()[0]} has a run with run_id={run_id!r}")
 
 
-async def resume_eval(run_set: RunSet, stored: StoredEval) -> dict[str, Any]:
-    """Go on with one eval of an open run set; its tasks are listed anew if they never all were."""
+async def resume_eval(
+    run_set: RunSet, stored: StoredEval, spec: EvalSpec | None = None
+) -> dict[str, Any]:
+    """Go on with one eval of an open run set; its tasks are listed anew if they never all were.
+
+    `spec` stands in for the stored one, as where keys or time-outs have changed.
+    """
     _codec.install_main_definitions(await run_set.store.definitions())
-    spec: EvalSpec = _codec.loads(stored.spec)
+    spec = spec or _codec.loads(stored.spec)
+    assert spec is not None
     recorder: RecorderProtocol
     if stored.run_id is None:
         await run_set.store.delete_eval(stored.eval_id)
