@@ -125,7 +125,6 @@ async def resume_eval(
     """
     _codec.install_main_definitions(await run_set.store.definitions())
     spec = spec or _codec.loads(stored.spec)
-    assert spec is not None
     recorder: RecorderProtocol
     if stored.run_id is None:
         await run_set.store.delete_eval(stored.eval_id)

@@ -168,7 +168,8 @@ def test_server_is_found_by_variable_and_by_port(
     nano_eval: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """People who serve on the usual port should not have to say so."""
-    with ScriptedServer(right) as server:
+    with ScriptedServer(right, api_key=KEY) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
         assert asyncio.run(find_url([1, server.port])) == f"http://localhost:{server.port}/v1"
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         assert nano_eval(None) == 0

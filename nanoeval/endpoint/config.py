@@ -51,9 +51,9 @@ class APIConfig:
     def _check_values(self) -> None:
         if "@" in self.url.partition("://")[2].partition("/")[0]:
             raise EndpointError(
-                "the address holds a user name or password, which would be kept with the results;"
-                " put them into ~/.netrc (machine HOST login NAME password PASSWORD) and take them"
-                " out of the address"
+                "the server's address holds a user name or password, which would be kept with the"
+                " results; put them into ~/.netrc (machine HOST login NAME password PASSWORD) and"
+                " take them out of the address"
             )
         if self.api not in ("chat", "completions"):
             raise EndpointError(f"api={self.api!r} is not known; use chat or completions")

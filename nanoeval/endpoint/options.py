@@ -39,7 +39,8 @@ examples:
 
 Exit status: 0 all samples answered, 1 a threshold of --min failed, 2 samples without an answer,
 3 the server or the arguments are wrong; with --against and compare: 0 same, 1 different, 2 cannot
-tell, 3 wrong. The key is read from OPENAI_API_KEY; it is never printed or stored.
+tell, 3 wrong. The key is read from OPENAI_API_KEY, that of a second server from
+NANO_EVAL_AGAINST_API_KEY if it has one of its own; keys are never printed or stored.
 """
 
 
