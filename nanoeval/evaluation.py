@@ -116,9 +116,14 @@ async def run_eval_in_database(run_id: str) -> dict[str, Any]:
     raise LookupError(f"no run set in {database_dirs()[0]} has a run with run_id={run_id!r}")
 
 
-async def resume_eval(run_set: RunSet, stored: StoredEval) -> dict[str, Any]:
-    """Go on with one eval of an open run set; its tasks are listed anew if they never all were."""
-    spec = await stored_spec(run_set, stored)
+async def resume_eval(
+    run_set: RunSet, stored: StoredEval, spec: EvalSpec | None = None
+) -> dict[str, Any]:
+    """Go on with one eval of an open run set; its tasks are listed anew if they never all were.
+
+    `spec` stands in for the stored one, as where keys or time-outs have changed.
+    """
+    spec = spec or await stored_spec(run_set, stored)
     recorder: RecorderProtocol
     if stored.run_id is None:
         await run_set.store.delete_eval(stored.eval_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
 import resource
 import signal
@@ -167,7 +168,8 @@ def test_server_is_found_by_variable_and_by_port(
     nano_eval: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """People who serve on the usual port should not have to say so."""
-    with ScriptedServer(right) as server:
+    with ScriptedServer(right, api_key=KEY) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
         assert asyncio.run(find_url([1, server.port])) == f"http://localhost:{server.port}/v1"
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         assert nano_eval(None) == 0
@@ -185,7 +187,6 @@ def test_key_is_used_and_kept_nowhere(
         assert nano_eval(server, "--output=results.json") == 0
         monkeypatch.delenv("OPENAI_API_KEY")
         assert nano_eval(server, f"--model_args=api_key={KEY}") == 0
-        monkeypatch.delenv("NANO_EVAL_API_KEY")
         kept = nano_eval.out + nano_eval.err
         command = [sys.executable, "-m", "nanoeval.endpoint.cli", f"--model_args=api_key={KEY}"]
         command += ["--tasks", TASK, f"--base_url={server.base_url}", "--max_samples=1"]
@@ -368,12 +369,28 @@ def test_server_that_cannot_answer_at_all_is_found_by_the_probe(nano_eval: Comma
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--base_url=localhost:8000"], "must be a full address"),
         (["--html=x.html"], "need --against=URL"),
+        (["--timeout=inf"], "timeout=inf must be a number above 0"),
+        (["--model_args=max_tries=1.5"], "max_tries=1.5 must be a whole number"),
+        (["--model_args=stream=no"], "stream='no' must be true or false"),
+        (["--model_args=api=[1]"], "api=[1] is not known"),
+        (["--min=exact_match=nan"], "is not METRIC=VALUE"),
+        (["--seed=2", "--gen_kwargs=seed=1", "--base_url=http://127.0.0.1:9"], "contradict"),
+        (["--gen_kwargs=stop=[a,temperature=0.7"], "--gen_kwargs: a bracket has no partner"),
+        (["--gen_kwargs=stop=],temperature=0.7"], "--gen_kwargs: a bracket has no partner"),
+        (['--gen_kwargs=stop="a,temperature=0.7'], "--gen_kwargs: a double quote has no partner"),
+        (["--run_set_id=a/b"], "'a/b' must be a name without slashes"),
+        (["--run_set_id="], "'' must be a name without slashes"),
+        (["--tasks=:Foo"], "task ':Foo': write it as module:Class"),
+        (["--tasks=.a:Foo"], "task '.a:Foo': write it as module:Class"),
+        (["--base_url=http://me:hidden@127.0.0.1:9/v1"], "put them into ~/.netrc"),
+        (["--against=http://me:hidden@127.0.0.1:9/v1"], "put them into ~/.netrc"),
     ],
 )
 def test_bad_argument_is_one_line(nano_eval: Command, arguments: list[str], line: str) -> None:
     """A typing error should cost one second, not a run."""
     assert nano_eval(None, *arguments) == 3
     assert line in nano_eval.error_line()
+    assert "hidden" not in nano_eval.err
 
 
 def test_refused_key_in_the_middle_keeps_what_is_there(nano_eval: Command) -> None:
@@ -508,7 +525,7 @@ def test_python_api_gives_the_same(workplace: Path) -> None:
 
 def test_pairs_are_parsed_as_json_where_they_are() -> None:
     """A list cut at its comma would send half of it."""
-    text = 'a=1,b=0.5,c=x y,d=[1,2],e={"f": [1, "g,h"]},i="j,k",l=None,m=True,n='
+    text = 'a=1,b=0.5,c=x y,d=[1,2],e={"f": [1, "g,h"]},i="j,k",o="a\\"b,c",l=None,m=True,n='
     assert parse_pairs(text, "x") == {
         "a": 1,
         "b": 0.5,
@@ -516,6 +533,7 @@ def test_pairs_are_parsed_as_json_where_they_are() -> None:
         "d": [1, 2],
         "e": {"f": [1, "g,h"]},
         "i": "j,k",
+        "o": 'a"b,c',
         "l": None,
         "m": True,
         "n": "",
@@ -608,3 +626,332 @@ def test_server_that_dies_ends_the_run(
         assert nano_eval(server, *arguments) == 0
         assert server.num_requests == 1 + 8
     assert nano_eval.result["num_answered"] == 12
+
+
+# Going on, keys and what is kept.
+
+TWO_TASKS = """
+import chz
+from nanoeval.evals._generation import GenerationEval
+
+def load():
+    return [{"q": f"Q{i}"} for i in range(4)]
+
+@chz.chz
+class A(GenerationEval):
+    load = staticmethod(load)
+    prompt = staticmethod(lambda row: [{"role": "user", "content": row["q"]}])
+    target = staticmethod(lambda row: "ready")
+    score = staticmethod(lambda row, reply: {"exact_match": 1.0})
+
+@chz.chz
+class B(A):
+    prompt = staticmethod(lambda row: [{"role": "user", "content": "B " + row["q"]}])
+    score = staticmethod(lambda row, reply: {"exact_match": 0.0})
+"""
+
+
+def test_two_tasks_of_one_module_are_two_checks(nano_eval: Command, workplace: Path) -> None:
+    """The second would be given the score of the first."""
+    (workplace / "two_own_tasks.py").write_text(TWO_TASKS)
+    with ScriptedServer("ready") as server:
+        assert nano_eval(server, "--tasks=two_own_tasks:A,two_own_tasks:B", "--run_set_id=x") == 0
+        assert sum("B Q" in request.prompt for request in server.requests) == 4
+        asked = server.num_requests
+        assert nano_eval(server, "--tasks=two_own_tasks:B,two_own_tasks:A", "--run_set_id=x") == 0
+        assert server.num_requests == asked + 2
+    scores = {name: r["metrics"]["exact_match"] for name, r in nano_eval.json["results"].items()}
+    assert scores == {"two_own_tasks:A": 1.0, "two_own_tasks:B": 0.0}
+
+
+def test_task_in_the_working_folder_is_found_by_the_console_script(workplace: Path) -> None:
+    """A script's path holds the folder of the script, not the one that people work in."""
+    (workplace / "two_own_tasks.py").write_text(TWO_TASKS)
+    program = "import sys; sys.path.remove(''); from nanoeval.endpoint.cli import main; main()"
+    with ScriptedServer("ready") as server:
+        command = [sys.executable, "-c", program, "--tasks=two_own_tasks:A"]
+        done = subprocess.run(
+            [*command, f"--base_url={server.base_url}"], capture_output=True, text=True, check=False
+        )
+    assert json.loads(done.stdout)["results"]["two_own_tasks:A"]["num_answered"] == 4, done.stderr
+
+
+@pytest.mark.parametrize("argument", ["--api=completions", "--stream"])
+def test_other_way_of_asking_does_not_go_on_with_a_run(nano_eval: Command, argument: str) -> None:
+    """Replies to chats would be shown as replies to plain prompts."""
+    with ScriptedServer(right) as server:
+        assert nano_eval(server, "--run_set_id=x") == 0
+        assert nano_eval(server, "--run_set_id=x", argument) == 3
+    assert "holds a check of gsm8k_cot_llama with other" in nano_eval.error_line()
+
+
+@pytest.mark.parametrize("comes_back_as", ["variable", "argument"])
+def test_key_may_come_either_way_when_a_run_goes_on(
+    nano_eval: Command, monkeypatch: pytest.MonkeyPatch, comes_back_as: str
+) -> None:
+    """The printed command, given the key in the documented way, must work."""
+
+    def gone(request: Request) -> Fault | None:
+        return Fault("404") if number_in(request) == 7 else None
+
+    in_arguments = [f"--model_args=api_key={KEY}"]
+    with ScriptedServer(right, api_key=KEY, faults=[gone]) as server:
+        if comes_back_as == "argument":
+            monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        given = in_arguments if comes_back_as == "variable" else []
+        assert nano_eval(server, *given, "--num_concurrent=1", "--run_set_id=x") == 3
+        port = server_port(nano_eval.error_line())
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    if comes_back_as == "variable":
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    given = in_arguments if comes_back_as == "argument" else []
+    with ScriptedServer(right, api_key=KEY, port=port) as server:
+        assert nano_eval(server, *given, "--num_concurrent=1", "--run_set_id=x") == 0
+    assert nano_eval.result["num_answered"] == 12
+
+
+def test_key_of_the_documented_variable_serves_the_engine_too() -> None:
+    """Whoever resumes with the engine's own command knows of no other variable."""
+
+    def gone(request: Request) -> Fault | None:
+        return Fault("404") if number_in(request) == 7 else None
+
+    with ScriptedServer(right, api_key=KEY, faults=[gone]) as server:
+        command = [sys.executable, "-m", "nanoeval.endpoint.cli", "--tasks", TASK]
+        command += [f"--base_url={server.base_url}", f"--model_args=api_key={KEY}"]
+        done = subprocess.run([*command, "--run_set_id=x"], capture_output=True, check=False)
+        assert done.returncode == 3
+        port = server.port
+    with ScriptedServer(right, api_key=KEY, port=port):
+        done = subprocess.run(
+            [sys.executable, "-m", "nanoeval.bin.resume", "run_set_id=x"],
+            env={**os.environ, "OPENAI_API_KEY": KEY},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+
+
+def test_second_server_gets_its_own_key_and_only_that(
+    nano_eval: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key sent to another party is a key to be changed."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-b")
+    with ScriptedServer(right, api_key="sk-a") as a, ScriptedServer(right, api_key="sk-b") as b:
+        both = ["--margin=0.9", f"--against={b.base_url}"]
+        assert nano_eval(a, *both, "--model_args=api_key=sk-a") in {0, 2}
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-a")
+        assert nano_eval(a, *both, "--against_args=api_key=sk-b") in {0, 2}
+        monkeypatch.setenv("NANO_EVAL_AGAINST_API_KEY", "sk-b")
+        assert nano_eval(a, *both) in {0, 2}
+    assert nano_eval.json["against"]["results"][TASK]["num_answered"] == 12
+
+
+def test_run_goes_on_with_the_new_connection_settings(nano_eval: Command) -> None:
+    """People lower the pressure because the run ended, and raise the time-out for the same."""
+
+    def gone(request: Request) -> Fault | None:
+        return Fault("404") if number_in(request) == 1 else None
+
+    with ScriptedServer(right, faults=[gone]) as server:
+        assert nano_eval(server, "--num_concurrent=1", "--timeout=0.05", "--run_set_id=x") == 3
+        port = server_port(nano_eval.error_line())
+    with ScriptedServer(right, port=port, latency=0.3) as server:
+        given = ["--num_concurrent=6", "--timeout=20", "--max_tries=1", "--run_set_id=x"]
+        assert nano_eval(server, *given) == 0
+        assert server.max_in_flight == 6
+    assert nano_eval.result["num_errors"] == 0
+
+
+@pytest.mark.parametrize(
+    "pairs", [f'num_concurrent=4,api_key="{KEY},part2"', f" api_key ={KEY}", f"api_key= {KEY} "]
+)
+def test_key_is_left_out_however_it_is_written(workplace: Path, pairs: str) -> None:
+    """A part of a key in a shared database is a key to be changed."""
+    key = pairs.partition('"')[2].rstrip('"') or KEY
+
+    def gone(request: Request) -> Fault | None:
+        return Fault("404") if number_in(request) == 7 else None
+
+    with ScriptedServer(right, api_key=key, faults=[gone]) as server:
+        command = [sys.executable, "-m", "nanoeval.endpoint.cli", f"--base_url={server.base_url}"]
+        done = subprocess.run(
+            [*command, "--tasks", TASK, "--model-args", pairs],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 3
+    assert "to go on: nano-eval" in done.stderr
+    files = [file for file in workplace.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".db" for file in files)
+    for kept in [done.stderr.encode(), *(file.read_bytes() for file in files)]:
+        assert KEY.encode() not in kept
+        assert b"part2" not in kept
+
+
+def test_key_is_taken_without_space_around(
+    nano_eval: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that keys are read from end in a line break."""
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    with ScriptedServer(right, api_key=KEY) as server:
+        assert nano_eval(server) == 0
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
+        assert nano_eval(server) == 3
+        assert "OPENAI_API_KEY has a line break" in nano_eval.error_line()
+        assert nano_eval(server, "--model_args", f"api_key={KEY}\t{KEY}") == 3
+        assert "api_key in --model_args has a line break" in nano_eval.error_line()
+        assert KEY not in nano_eval.err
+
+
+def test_key_and_model_that_look_like_numbers_are_text(nano_eval: Command) -> None:
+    """A key that is sent as 100000.0 is a wrong key."""
+    with ScriptedServer(right, api_key="1e5", models=["1.10", "b"]) as server:
+        assert nano_eval(server, "--model_args=api_key=1e5,model=1.10") == 0
+    assert nano_eval.json["config"]["model"] == "1.10"
+    assert nano_eval(None, "--model_args=base_url=5") == 3
+    assert "must be a full address" in nano_eval.error_line()
+
+
+def test_lone_surrogate_in_a_reply_loses_no_file(nano_eval: Command, workplace: Path) -> None:
+    """Half an emoji in one of a thousand replies would cost them all, and last week's file."""
+
+    def half(request: Request) -> str:
+        return "\ud83d I am lost" if number_in(request) in {2, 3, 4} else right(request)
+
+    Path("keep.json").write_text("{}")
+    arguments = ["--output=keep.json", "--html=page.html"]
+    with ScriptedServer(right) as first, ScriptedServer(half) as second:
+        assert nano_eval(first, *arguments, f"--against={second.base_url}") == 2
+    flips = nano_eval.json["comparison"]["tasks"][TASK]["flips"]
+    assert [flip["replies"][1][:3] for flip in flips] == ["\ud83d I"] * 3
+    saved = json.loads(Path("keep.json").read_text())["against"]["results"][TASK]["samples"]
+    assert saved[2]["reply"] == "\ud83d I am lost"
+    assert "\\ud83d I am lost" in Path("page.html").read_text()
+    assert "\\ud83d I am lost" in nano_eval.err
+    assert main(["compare", "keep.json", "keep.json"]) == 2
+
+
+def test_terminal_that_cannot_show_a_letter_gets_its_escape(workplace: Path) -> None:
+    """A server in a container with no locale would lose a finished run."""
+    with ScriptedServer(right, models=["Modell-ü-😀"]) as server:
+        command = [sys.executable, "-m", "nanoeval.endpoint.cli", "--tasks", TASK]
+        done = subprocess.run(
+            [*command, f"--base_url={server.base_url}"],
+            env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+            capture_output=True,
+            check=False,
+        )
+    assert json.loads(done.stdout.decode("latin-1"))["config"]["model"] == "Modell-ü-😀"
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--margin=2"], "--margin=2.0 must lie between 0 and 1"),
+        (["--margin=0"], "--margin=0.0 must lie between 0 and 1"),
+        (["--margin=nan"], "--margin=nan must lie between 0 and 1"),
+        (["--against={url}/completions"], "cannot be paired"),
+    ],
+)
+def test_comparison_that_cannot_be_is_refused_before_a_request(
+    nano_eval: Command, arguments: list[str], line: str
+) -> None:
+    """Two servers asked for a night, for nothing."""
+    with ScriptedServer(right) as server:
+        filled = [argument.replace("{url}", server.base_url) for argument in arguments]
+        assert nano_eval(server, f"--against={server.base_url}", *filled) == 3
+        assert server.num_requests == 0
+    assert line in nano_eval.error_line()
+
+
+def test_second_server_without_an_answer_leaves_the_results_of_the_first(
+    nano_eval: Command,
+) -> None:
+    """A crash of the new server must not cost the baseline."""
+
+    def after_probe(request: Request) -> Fault | None:
+        return Fault("400") if number_in(request) >= 0 else None
+
+    with ScriptedServer(right) as first, ScriptedServer(right, faults=[after_probe]) as second:
+        url = second.base_url
+        assert nano_eval(first, f"--against={url}", "--output=r.json") == 3
+    assert nano_eval.result["metrics"]["exact_match"] == 1.0
+    assert nano_eval.json["against"]["results"][TASK]["num_errors"] == 12
+    assert len(json.loads(Path("r.json").read_text())["results"][TASK]["samples"]) == 12
+    assert "comparison" not in nano_eval.json
+    assert nano_eval.err.count("nano-eval: error: ") == 1
+    assert f"{url}: {TASK}: 12 of 12 samples have no answer (http_400: 12)" in nano_eval.err
+
+
+def test_missing_data_of_a_later_task_is_found_before_a_request(nano_eval: Command) -> None:
+    """An hour of the first task would be lost to the second."""
+    with ScriptedServer(right) as server:
+        assert nano_eval(server, f"--tasks={TASK},chartqa") == 3
+        assert server.num_requests == 0
+    assert "ChartQA" in nano_eval.error_line()
+
+
+def test_failure_of_a_later_task_leaves_the_results_of_the_first(
+    nano_eval: Command, workplace: Path
+) -> None:
+    """What is finished is paid for."""
+    (workplace / "two_own_tasks.py").write_text(TWO_TASKS)
+
+    def refuse_b(request: Request) -> Fault | None:
+        return Fault("404") if "B Q" in request.prompt else None
+
+    with ScriptedServer("ready", faults=[refuse_b]) as server:
+        tasks = "--tasks=two_own_tasks:A,two_own_tasks:B"
+        assert (
+            nano_eval(server, tasks, "--output=r.json", "--min=two_own_tasks:B.exact_match=0") == 3
+        )
+    assert list(nano_eval.json["results"]) == ["two_own_tasks:A"]
+    assert nano_eval.json["unfinished"] == ["two_own_tasks:B"]
+    assert json.loads(Path("r.json").read_text())["results"]["two_own_tasks:A"]["samples"]
+    assert "to go on: nano-eval" in nano_eval.err
+
+
+def test_reader_that_has_seen_enough_changes_nothing_else(workplace: Path) -> None:
+    """`nano-eval ... | head` must write the file, and a gate must still fail."""
+    with ScriptedServer(right) as server:
+        command = [sys.executable, "-m", "nanoeval.endpoint.cli", "--tasks", TASK]
+        command += [f"--base_url={server.base_url}", "--min=exact_match=1.5", "--output=r.json"]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        err = process.stderr.read().decode()
+        process.stderr.close()
+    assert process.wait(30) == 1, err
+    assert "error" not in err
+    assert len(json.loads(Path("r.json").read_text())["results"][TASK]["samples"]) == 12
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_full_disk_names_the_file_and_how_to_go_on(nano_eval: Command) -> None:
+    """The answers are in the database; people need to know."""
+    with ScriptedServer(right) as server:
+        assert nano_eval(server, "--output=/dev/full") == 3
+    assert "/dev/full cannot be written: No space left on device" in nano_eval.err
+    assert "to go on: nano-eval" in nano_eval.err
+    assert nano_eval.result["num_answered"] == 12
+
+
+def test_warnings_of_the_second_server_are_said(nano_eval: Command) -> None:
+    """A comparison of replies that were cut is about the limit."""
+
+    def cut(request: Request) -> Reply:
+        return Reply(right(request), finish_reason="length")
+
+    with ScriptedServer(right) as first, ScriptedServer(cut) as second:
+        url = second.base_url
+        nano_eval(first, f"--against={url}")
+    assert f"{url}: {TASK}: 12 of 12 replies stopped for length" in nano_eval.err

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanoeval import _codec
+from nanoeval._queueing import stored_spec
 from nanoeval.endpoint.config import APIConfig, EndpointError
 from nanoeval.endpoint.paired import PairedEval, split
 from nanoeval.endpoint.report import task_report
@@ -49,6 +50,11 @@ async def prepare_check(
     `preferred` is the model to take where the config names none and the server lists it.
     """
     if seed is not None:
+        if config.gen_kwargs.get("seed", seed) != seed:
+            raise EndpointError(
+                f"seed={seed} and seed={config.gen_kwargs['seed']} in gen_kwargs contradict each"
+                " other; give one of them"
+            )
         config = replace(config, gen_kwargs={"seed": seed, **config.gen_kwargs})
     unasked = task(model=model_of(config, config.model or UNNAMED))
     if config.api == "completions" and "images" in unasked.needs():
@@ -118,7 +124,10 @@ async def _run_or_resume(spec: EvalSpec, run_set_id: str) -> tuple[str, dict[str
         for stored in await run_set.store.evals():
             if stored.name != spec.eval.get_name():
                 continue
-            before: EvalSpec = _codec.loads(stored.spec)
+            before = await stored_spec(run_set, stored)
+            # One module may define several tasks, which then share their name.
+            if _task_classes(before) != _task_classes(spec):
+                continue
             if difference := _difference(before, spec):
                 raise EndpointError(
                     f"run set {run_set_id} holds a check of {stored.name} with other {difference};"
@@ -126,20 +135,31 @@ async def _run_or_resume(spec: EvalSpec, run_set_id: str) -> tuple[str, dict[str
                 )
             if stored.state == "finished" and stored.run_id is not None:
                 return stored.run_id, {}
-            summary = await resume_eval(run_set, stored)
+            # How hard to press, how long to wait and the key are those of now.
+            await run_set.store.set_concurrency(stored.eval_id, spec.runner.concurrency)
+            summary = await resume_eval(run_set, stored, spec)
             return str(summary.pop("run_id")), summary
     summary = await run(spec)
     return str(summary.pop("run_id")), summary
 
 
+def _sides(spec: EvalSpec) -> list[Any]:
+    check: Any = spec.eval
+    return [side for side, _ in split(check, [])]
+
+
+def _task_classes(spec: EvalSpec) -> list[tuple[str, str]]:
+    return [(type(side).__module__, type(side).__qualname__) for side in _sides(spec)]
+
+
 def _difference(before: EvalSpec, now: EvalSpec) -> str:
     """What makes the answers of two checks different things; "" when they can be one."""
-    checks: list[Any] = [before.eval, now.eval]
-    sides = [[side for side, _ in split(check, [])] for check in checks]
-    for old, new in zip(*sides, strict=True):
+    for old, new in zip(_sides(before), _sides(now), strict=True):
         for name, values in {
             "models": (old.model.get_model_name(), new.model.get_model_name()),
             "servers": (old.server.get("base_url"), new.server.get("base_url")),
+            "API": (old.model.api, new.model.api),
+            "streaming": (old.model.stream, new.model.stream),
             "request parameters": (old.all_params(), new.all_params()),
             "max_samples": (before.runner.n_tasks, now.runner.n_tasks),
         }.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +17,16 @@ from nanoeval.endpoint.config import (
     EndpointError,
     parse_pairs,
     parse_value,
+    split_pairs,
 )
+from nanoeval.endpoint.output import check_targets
 
-KEY_VARIABLE, AGAINST_KEY_VARIABLE = "NANO_EVAL_API_KEY", "NANO_EVAL_AGAINST_API_KEY"
+KEY_VARIABLE, AGAINST_KEY_VARIABLE = "OPENAI_API_KEY", "NANO_EVAL_AGAINST_API_KEY"
 MODEL_ARGS = (
     *("model", "base_url", "api_key", "num_concurrent", "api", "stream"),
     *("timeout", "connect_timeout", "max_tries"),
 )
+TEXTS = ("model", "base_url", "api_key")
 
 EXAMPLES = """\
 examples:
@@ -36,7 +39,8 @@ examples:
 
 Exit status: 0 all samples answered, 1 a threshold of --min failed, 2 samples without an answer,
 3 the server or the arguments are wrong; with --against and compare: 0 same, 1 different, 2 cannot
-tell, 3 wrong. The key is read from OPENAI_API_KEY; it is never printed or stored.
+tell, 3 wrong. The key is read from OPENAI_API_KEY, that of a second server from
+NANO_EVAL_AGAINST_API_KEY if it has one of its own; keys are never printed or stored.
 """
 
 
@@ -55,23 +59,10 @@ class Parser(argparse.ArgumentParser):
 def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     """What `compare` and --against have in common."""
     parser.add_argument(
-        "--margin", type=float, default=0.02, help="largest difference that counts as none (0.02)"
+        "--margin", type=margin, default=0.02, help="largest difference that counts as none (0.02)"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the differences")
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with every flip")
-
-
-def check_targets(*paths: Path | None) -> None:
-    """Refuse output files that could not be written, before anything is done for them."""
-    for path in paths:
-        if path is None:
-            continue
-        if not path.absolute().parent.is_dir():
-            raise EndpointError(f"{path}: the folder {path.absolute().parent} does not exist")
-        if path.is_dir():
-            raise EndpointError(f"{path} is a folder; name a file in it")
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise EndpointError(f"{path} cannot be written: permission denied")
 
 
 def check_parser() -> argparse.ArgumentParser:
@@ -100,7 +91,11 @@ def check_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE", help="write the results with every sample as JSON")
     add("--against", metavar="URL", help="a second server, asked in turn and compared")
     add("--against_args", default="", help="name=value,... of model, api_key for the second")
-    add("--run_set_id", help="name of the run's database; the same again goes on with it")
+    add(
+        "--run_set_id",
+        type=_file_name,
+        help="name of the run's database; the same again goes on with it",
+    )
     add_comparison_options(parser)
     return parser
 
@@ -110,6 +105,20 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
     return number
+
+
+def margin(text: str) -> float:
+    """A margin of the command line; named for what argparse says of one that is no number."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise EndpointError(f"--margin={value} must lie between 0 and 1, such as 0.02 for 2 points")
+    return value
+
+
+def _file_name(text: str) -> str:
+    if not text or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a name without slashes")
+    return text
 
 
 @dataclass(frozen=True)
@@ -130,14 +139,20 @@ def make_plan(options: argparse.Namespace, arguments: list[str]) -> Plan:
     settings = _settings(options)
     gen_kwargs = parse_pairs(options.gen_kwargs, "--gen_kwargs")
     url = settings.pop("base_url", None) or ""
-    key = _keep_key(settings.pop("api_key", None), KEY_VARIABLE)
-    config = APIConfig(url=url, gen_kwargs=gen_kwargs, api_key_env=key, **settings)
+    key = _key(settings.pop("api_key", None), "--model_args", KEY_VARIABLE)
+    config = APIConfig(url=url, gen_kwargs=gen_kwargs, api_key=key, **settings)
     against = None
     if options.against is not None:
         others = _known_pairs(options.against_args, "--against_args", ("model", "api_key"))
-        key = _keep_key(others.get("api_key"), AGAINST_KEY_VARIABLE)
-        settings = {**settings, "model": others.get("model")}
-        against = APIConfig(url=options.against, gen_kwargs=gen_kwargs, api_key_env=key, **settings)
+        has_own_key = "api_key" in others or AGAINST_KEY_VARIABLE in os.environ
+        variable = AGAINST_KEY_VARIABLE if has_own_key else KEY_VARIABLE
+        against = APIConfig(
+            url=options.against,
+            gen_kwargs=gen_kwargs,
+            api_key=_key(others.get("api_key"), "--against_args", variable),
+            api_key_env=variable,
+            **{**settings, "model": others.get("model")},
+        )
     elif options.against_args or options.plot or options.html:
         raise EndpointError("--against_args, --plot and --html need --against=URL")
     from nanoeval.endpoint.tasks import TASKS
@@ -155,33 +170,30 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     for name in MODEL_ARGS:
         if (value := getattr(options, name, None)) is not None:
             settings[name] = parse_value(value) if name == "num_concurrent" else value
-    for name in ("timeout", "connect_timeout", "max_tries"):
-        if name in settings and not (
-            isinstance(settings[name], int | float) and settings[name] > 0
-        ):
-            raise EndpointError(f"{name}={settings[name]!r} must be a number above 0")
-    if "model" in settings:
-        settings["model"] = str(settings["model"])
     return settings
 
 
 def _known_pairs(text: str, option: str, known: Sequence[str]) -> dict[str, Any]:
-    pairs = parse_pairs(text, option)
+    pairs = parse_pairs(text, option, TEXTS)
     for name in pairs:
         if name not in known:
             raise EndpointError(f"{option}: {name!r} is not known; use {', '.join(known)}")
     return pairs
 
 
-def _keep_key(key: Any, variable: str) -> str:
-    """Put a key that came as an argument into this process's environment; returns where it is.
+def _key(given: str | None, option: str, variable: str) -> str | None:
+    """The key that was given, else the one in the environment's `variable`, without space around.
 
     What is stored of a run names the variable, not the key.
     """
-    if key is None:
-        return "OPENAI_API_KEY"
-    os.environ[variable] = str(key)
-    return variable
+    key = os.environ.get(variable) if given is None else given
+    if key is not None and not key.strip().isprintable():
+        source = variable if given is None else f"api_key in {option}"
+        raise EndpointError(
+            f"{source} has a line break or another control character inside; a key is one line of"
+            " plain text"
+        )
+    return key and key.strip()
 
 
 def _thresholds(texts: Sequence[str], tasks: dict[str, Any]) -> list[tuple[str | None, str, float]]:
@@ -199,8 +211,8 @@ def _thresholds(texts: Sequence[str], tasks: dict[str, Any]) -> list[tuple[str |
         try:
             least = float(value)
         except ValueError:
-            least = None
-        if not equals or least is None:
+            least = math.nan
+        if not equals or not math.isfinite(least):
             raise EndpointError(f"--min {text!r} is not METRIC=VALUE, such as exact_match=0.8")
         if metric not in choices:
             shown = "; ".join(f"{name}: {', '.join(own)}" for name, own in metrics.items())
@@ -209,9 +221,25 @@ def _thresholds(texts: Sequence[str], tasks: dict[str, Any]) -> list[tuple[str |
     return found
 
 
+def without_keys(arguments: Sequence[str]) -> list[str]:
+    """The arguments as they may be kept and shown: without api_key, however it is written."""
+    kept = []
+    for argument in arguments:
+        has_name = argument.startswith("--")
+        option, equals, text = argument.partition("=") if has_name else ("", "", argument)
+        if "api_key" in text:
+            try:
+                pairs = split_pairs(text, option)
+            except EndpointError:  # no run will come of these
+                pairs = []
+            text = ",".join(p for p in pairs if p.partition("=")[0].strip() != "api_key")
+        kept.append(f"{option}{equals}{text}")
+    return kept
+
+
 def resume_command(arguments: Sequence[str], run_set_id: str) -> str:
     """The command line again, without keys, for the same run set."""
-    kept = [re.sub(r"api_key=[^,]*,?", "", argument).rstrip(",") for argument in arguments]
+    kept = without_keys(arguments)
     if not any(argument.startswith("--run_set_id") for argument in kept):
         kept.append(f"--run_set_id={run_set_id}")
     return shlex.join(["nano-eval", *kept])

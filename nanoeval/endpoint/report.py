@@ -99,6 +99,23 @@ def warnings(reports: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def failed_thresholds(
+    thresholds: Sequence[tuple[str | None, str, float]], reports: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """A line for each (task or None for all that have it, metric, least value) that is missed."""
+    lines = []
+    for task, metric, least in thresholds:
+        for name, report in reports.items():
+            value = report["metrics"].get(metric)
+            if task not in (None, name):
+                continue
+            if value is None and (task or not report["metrics"]):
+                lines.append(f"{name}: {metric} has no value, wanted at least {least:g}")
+            elif value is not None and value < least:
+                lines.append(f"{name}: {metric} is {value:.4f}, wanted at least {least:g}")
+    return lines
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines of columns: the first two to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

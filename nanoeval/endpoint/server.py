@@ -61,7 +61,10 @@ async def find_url(ports: Sequence[int] = USUAL_PORTS) -> str:
 
 
 async def _listens(url: str) -> bool:
-    model = OpenAIModel(name=UNNAMED, base_url=url, max_tries=1, timeout=2.0, connect_timeout=1.0)
+    # Without the key: who listens there is not known yet.
+    model = OpenAIModel(
+        name=UNNAMED, base_url=url, api_key="", max_tries=1, timeout=2.0, connect_timeout=1.0
+    )
     try:
         return isinstance((await model.get_json("models")).value, dict | list)
     except RequestRefused as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,10 @@ class TaskRegistry(Mapping[str, type[GenerationEval]]):
             if name not in self._names():
                 raise UnknownTask(name, self._names())
             module_name = f"nanoeval.evals.{name}"
+        if not all(part.isidentifier() for part in module_name.split(".")):
+            raise EndpointError(f"task {name!r}: write it as module:Class")
+        if "" not in sys.path:  # a script's path lacks the working folder
+            sys.path.insert(0, "")
         try:
             module = import_module(module_name)
         except ModuleNotFoundError as error:
