@@ -5,6 +5,7 @@ Knows nothing of how a run is carried out.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any, Generic, Literal, TypeVar
@@ -287,6 +288,29 @@ class RunnerArgs:
         return "processes" if self.experimental_use_multiprocessing else "in_process"
 
     @chz.validate
+    def _check_kinds(self) -> None:
+        counts = ("concurrency", "num_processes", "ray_num_actors", "n_tasks", "max_retries")
+        numbers = ("retry_backoff", "summary_interval", "rollout_timeout", "fail_on_error")
+        for name in (*counts, *numbers):
+            value = getattr(self, name)
+            if value is None and name in {"max_retries", "retry_backoff", "fail_on_error"}:
+                raise ValueError(f"{name}=None has no meaning; leave it out for its default")
+            is_flag = isinstance(value, bool) and name != "fail_on_error"
+            kind = int if name in counts else int | float
+            is_number = isinstance(value, kind) and not is_flag and not math.isnan(value)
+            if value is not None and not is_number:
+                what = "a whole number" if name in counts else "a number"
+                raise ValueError(f"{name}={value!r} must be {what}")
+        if self.executor not in {None, "in_process", "processes", "ray"}:
+            raise ValueError(
+                f'executor={self.executor!r} must be "in_process", "processes" or "ray"'
+            )
+        if self.recorder is not None and not hasattr(self.recorder, "factory"):
+            raise ValueError(
+                f"recorder={self.recorder!r} must be a RecorderConfig, such as json_recorder()"
+            )
+
+    @chz.validate
     def _check_executor(self) -> None:
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes={self.num_processes} must be at least 1")
@@ -334,9 +358,12 @@ class RunnerArgs:
             raise ValueError(
                 f"fail_on_error={self.fail_on_error} must be True, False or a fraction in (0, 1]"
             )
-        if self.run_set_id is not None and (not self.run_set_id or "/" in self.run_set_id):
+        if self.run_set_id is not None and (
+            not self.run_set_id or not self.run_set_id.isprintable() or "/" in self.run_set_id
+        ):
             raise ValueError(
                 f"run_set_id={self.run_set_id!r} names a file: it must be non-empty, without '/'"
+                " and what cannot be printed"
             )
         if self.run_set_id is not None and len(os.fsencode(self.run_set_id)) > MAX_ID_BYTES:
             raise ValueError(

@@ -182,11 +182,20 @@ async def test_a_summary_that_raised_can_be_computed_again(monkeypatch: pytest.M
         ({"fail_on_error": 1.5}, "fail_on_error=1.5"),
         ({"run_set_id": "a/b"}, "run_set_id='a/b'"),
         ({"run_set_id": "é" * 101}, "200 bytes at most, not 202"),
+        ({"run_set_id": "a\0b"}, "run_set_id='a"),
+        ({"concurrency": 2.5}, "concurrency=2.5"),
+        ({"concurrency": "5"}, "concurrency='5'"),
+        ({"n_tasks": True}, "n_tasks=True"),
+        ({"max_retries": None}, "max_retries=None"),
+        ({"retry_backoff": "1"}, "retry_backoff='1'"),
+        ({"rollout_timeout": float("nan")}, "rollout_timeout=nan"),
+        ({"executor": "threads"}, "executor='threads'"),
+        ({"recorder": "dummy"}, "recorder='dummy'"),
     ],
 )
 def test_bad_runner_arguments_name_field_and_value(arguments: dict[str, Any], says: str) -> None:
     """A typing mistake would show hours later, or never."""
-    with pytest.raises(ValueError, match="must|needs") as caught:
+    with pytest.raises(ValueError, match="must|needs|default") as caught:
         RunnerArgs(**arguments)
     assert says in str(caught.value)
 
