@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -170,27 +171,29 @@ async def handle_system_errors_and_compute_metrics(
 ) -> dict[str, Any]:
     """Compute `metrics_fn` on the results that are no system errors, and account for the rest.
 
-    Adds `is_valid` (no attempt failed), `num_tasks` (different questions), `num_rollouts`,
-    `num_scored` and `num_failed`, where rollouts = scored + failed. Where attempts failed, the
-    accuracy's `accuracy_worst_case` and `accuracy_best_case` count every failure as wrong, and as
-    right. `metrics_including_errors` holds the metrics with `process_invalid(task)` in the place of
-    each failure; it is absent where attempts failed and `process_invalid` is not defined.
+    Adds `is_valid` (no attempt failed), `num_tasks` (different questions), and, unless the metrics
+    have keys of these names, `num_rollouts`, `num_scored` and `num_failed`, where rollouts = scored
+    + failed. Where attempts failed, the accuracy's `accuracy_worst_case` and `accuracy_best_case`
+    count every failure as wrong, and as right. `metrics_including_errors` holds the metrics with
+    `process_invalid(task)` in the place of each failure; it is absent where attempts failed and
+    `process_invalid` is not defined.
     """
     scored = [(task, r) for task, r in results if not isinstance(r, RolloutSystemError)]
     failed = [task for task, r in results if isinstance(r, RolloutSystemError)]
     metrics = dict(await metrics_fn(scored))
-    num_tasks = len({task.question_id for task, _ in results})
-    summary = metrics | {
-        "is_valid": not failed,
-        "num_tasks": num_tasks,
-        "num_rollouts": len(results),
-        "num_scored": len(scored),
-        "num_failed": len(failed),
-    }
+    attempts = Counter(task.question_id for task, _ in results)
+    num_tasks = len(attempts)
+    bounds: dict[str, Any] = {}
     if failed and (not scored or "accuracy" in metrics):
-        summary |= _accuracy_bounds(scored, failed)
-    if "num_missing" in summary:
-        summary["num_missing"] += len(failed)
+        bounds = _accuracy_bounds(metrics.get("accuracy"), scored, failed)
+    counts = {"num_rollouts": len(results), "num_scored": len(scored), "num_failed": len(failed)}
+    # An eval's own values of these names stand, in the eval's order.
+    summary = metrics | counts | bounds | metrics
+    summary |= {"is_valid": not failed, "num_tasks": num_tasks}
+    if failed and "num_missing" in metrics and "num_attempts" in metrics:
+        # The standard metrics, which were told of the attempts in `scored` alone.
+        wanted = max(attempts.values()) * num_tasks
+        summary |= bounds | {"num_missing": wanted - metrics["num_attempts"]}
     if not failed:
         including = metrics
     else:
@@ -204,9 +207,12 @@ async def handle_system_errors_and_compute_metrics(
 
 
 def _accuracy_bounds(
-    scored: Sequence[tuple[TTask, Any]], failed: Sequence[TTask]
+    accuracy: Any, scored: Sequence[tuple[TTask, Any]], failed: Sequence[TTask]
 ) -> dict[str, float]:
-    """Mean over questions of the mean over attempts, with failures counted as 0 and as 1."""
+    """Mean over questions of the mean over attempts, with failures counted as 0 and as 1.
+
+    {} where results have no score, and for an `accuracy` of another kind, outside of the bounds.
+    """
     per_question: dict[str, list[float]] = {}  # question -> [sum of scores, scored, failed]
     for task, result in scored:
         score = score_of(result)
@@ -219,7 +225,7 @@ def _accuracy_bounds(
         per_question.setdefault(task.question_id, [0.0, 0.0, 0.0])[2] += 1
     worst = [s / (n + f) for s, n, f in per_question.values()]
     best = [(s + f) / (n + f) for s, n, f in per_question.values()]
-    return {
-        "accuracy_worst_case": sum(worst) / len(worst),
-        "accuracy_best_case": sum(best) / len(best),
-    }
+    low, high = sum(worst) / len(worst), sum(best) / len(best)
+    if isinstance(accuracy, int | float) and not low - 1e-9 <= accuracy <= high + 1e-9:
+        return {}
+    return {"accuracy_worst_case": low, "accuracy_best_case": high}

@@ -240,8 +240,7 @@ def join_answer_groups(
     if (question < 0).any() or (group < 0).any():
         raise ValueError("instance and answer_group_id must not be empty (None or NaN)")
     pair = question.astype(np.int64) * len(groups) + group
-    verdict = groups_df["is_correct"].isin([True]).to_numpy(dtype=bool)
-    has_verdict = groups_df["is_correct"].notna().to_numpy(dtype=bool)
+    verdict, has_verdict = read_verdicts(groups_df["is_correct"])
     known, inverse = np.unique(pair[num_samples:][has_verdict], return_inverse=True)
     is_right = np.bincount(inverse, verdict[has_verdict], minlength=len(known))
     given = np.bincount(inverse, minlength=len(known))
@@ -263,6 +262,23 @@ def join_answer_groups(
             f" in answer_group_correctness_df: {shown}{', ...' if len(lacking) > 5 else ''}"
         )
     return question[:num_samples], group[:num_samples], is_right[where] > 0
+
+
+def read_verdicts(is_correct: pd.Series) -> tuple[BoolArray, BoolArray]:
+    """For each row: whether it says right, and whether it says anything (is not None or NaN).
+
+    Right and wrong are True and False, as Python's or numpy's, or 1 and 0. ValueError for others,
+    such as the text "False" or 0.5.
+    """
+    verdict = is_correct.isin([True]).to_numpy(dtype=bool)
+    has_verdict = is_correct.notna().to_numpy(dtype=bool)
+    odd = is_correct[has_verdict & ~verdict & ~is_correct.isin([False]).to_numpy(dtype=bool)]
+    if len(odd):
+        raise ValueError(
+            f"is_correct must be True or False in every row; {len(odd)} of {len(is_correct)} hold"
+            f" something else, the first {odd.iloc[0]!r}"
+        )
+    return verdict, has_verdict
 
 
 def require_columns(df: pd.DataFrame, name: str, columns: tuple[str, ...]) -> None:

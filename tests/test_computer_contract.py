@@ -198,6 +198,49 @@ async def test_methods_with_and_without_runtime_config_take_both_kinds_of_call()
         assert isinstance(await call, Grade)
 
 
+class Mixin:
+    """The older form, in a class that knows nothing of tasks."""
+
+    async def _setup(self, computer: ComputerInterface) -> None:
+        pass
+
+    async def grade(self, computer: ComputerInterface, verbose: bool = False) -> Grade:
+        return Grade(score=float(verbose), grader_log="")
+
+
+class MixedTask(Mixin, ComputerTask):  # type: ignore[misc]
+    pass
+
+
+class ByKeywordTask(MixedTask):
+    async def grade(self, computer: ComputerInterface, *, runtime_config: RuntimeConfig) -> Grade:
+        return Grade(score=float(isinstance(runtime_config, RuntimeConfig)), grader_log="")
+
+
+class AnyKeywordTask(MixedTask):
+    async def grade(self, computer: ComputerInterface, **options: Any) -> Grade:
+        return Grade(score=float(list(options) == ["runtime_config"]), grader_log="")
+
+
+class ThirdTask(MixedTask):
+    async def grade(self, computer: ComputerInterface, config: RuntimeConfig, **_: Any) -> Grade:
+        return Grade(score=float(isinstance(config, RuntimeConfig)), grader_log="")
+
+
+@pytest.mark.parametrize(
+    ("cls", "score"), [(MixedTask, 0), (ByKeywordTask, 1), (AnyKeywordTask, 1), (ThirdTask, 1)]
+)
+async def test_runtime_config_goes_only_where_it_is_wanted(
+    cls: type[ComputerTask], score: float
+) -> None:
+    """An option of the method's own would get the config, or the call would be refused."""
+    computer = ScriptedComputer({"pwd -P": (b"/root\n", 0)})
+    task = cls(question_id="q", prompt=PROMPT)
+    await task.setup(computer, RuntimeConfig())
+    assert (await task.grade(computer, RuntimeConfig())).score == score
+    assert (await task.grade(computer)).score == score  # type: ignore[call-arg]
+
+
 async def test_a_grader_that_returns_no_grade_is_named() -> None:
     """A bare number would fail far from its cause."""
     task = BadGraderTask(question_id="q", prompt=PROMPT)

@@ -90,6 +90,31 @@ def test_an_attempt_without_a_verdict_is_named() -> None:
         compute_default_metrics(samples, unknown)
 
 
+@pytest.mark.parametrize("wrong", ["False", "True", 0.5, 2])
+def test_a_verdict_is_true_or_false(wrong: Any) -> None:
+    """The text "False" is truthy, and half right would count as right."""
+    rows = [("a", 0, 0, True), ("b", 0, 1, wrong)]
+    with pytest.raises(ValueError, match="must be True or False in every row"):
+        compute_default_metrics(*frames(rows))
+    frame = pd.DataFrame(rows, columns=["instance", "attempt", "group", "is_correct"])
+    with pytest.raises(ValueError, match="must be True or False in every row"):
+        compute_default_metrics_on_correctness_without_answer_groups(frame)
+    with pytest.raises(ValueError, match="must be True or False in every row"):
+        compute_default_metrics_on_correctness_without_answer_groups(frame[1:])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "boolean", "object", "int64", "float64"])
+def test_verdicts_may_be_of_any_type_that_holds_them(dtype: str) -> None:
+    """Frames that went through a file or a join hold 1 and 0, or objects."""
+    rows = [("a", 0, 0, True), ("b", 0, 1, False), ("c", 0, 2, True)]
+    samples, verdicts = frames(rows)
+    verdicts = verdicts.astype({"is_correct": dtype})
+    assert compute_default_metrics(samples, verdicts)["accuracy"] == pytest.approx(2 / 3)
+    frame = samples.assign(is_correct=verdicts["is_correct"])
+    metrics = compute_default_metrics_on_correctness_without_answer_groups(frame)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+
+
 def test_two_verdicts_on_one_group_are_an_error() -> None:
     """Taking either would make the score depend on the order of rows."""
     samples, verdicts = frames([("a", 0, 0, True), ("a", 1, 0, False)])
@@ -213,6 +238,26 @@ def test_the_configured_metrics_are_used_everywhere(monkeypatch: pytest.MonkeyPa
         set_library_config(before)
 
 
+async def test_a_configured_accuracy_gets_no_uncertainty_of_another() -> None:
+    """An interval of 0.2 to 0.8 beside an accuracy of 42 reads as a bug of the eval."""
+
+    class Percent(LibraryConfig):
+        def compute_default_metrics(self, samples: Any, groups: Any) -> dict[str, Any]:
+            return {"accuracy": 42.0}
+
+    before = get_library_config()
+    set_library_config(Percent())
+    try:
+        for summary in (
+            summarize_correctness(results(True, False, ERROR)),
+            await summary_of(results(True, False, ERROR)),
+        ):
+            assert [key for key in summary if key.startswith("accuracy")] == ["accuracy"]
+            assert (summary["accuracy"], summary["num_missing"]) == (42.0, 1)
+    finally:
+        set_library_config(before)
+
+
 @pytest.mark.slow
 def test_a_million_results_take_seconds() -> None:
     """The last thing a big run does must not take minutes."""
@@ -314,15 +359,43 @@ async def test_complete_attempts_keep_the_summary_valid() -> None:
     assert summary["is_valid"] is True
 
 
-async def test_failures_bound_the_accuracy() -> None:
-    """A score over what happened to survive must show how far it could be off."""
+async def summary_of(pairs: list[tuple[Task, Any]]) -> dict[str, Any]:
+    return await handle_system_errors_and_compute_metrics(standard_metrics, pairs, as_wrong)
+
+
+async def standard_metrics(pairs: list[tuple[Task, Any]]) -> dict[str, Any]:
+    return summarize_correctness(pairs)
+
+
+@pytest.mark.parametrize("verdicts", [(True, ERROR, False, True), (True, ERROR, ERROR, ERROR)])
+async def test_a_failed_attempt_is_missing_once(verdicts: tuple[Any, ...]) -> None:
+    """Uneven attempts show the failed ones already; counting both doubles them."""
+    pairs = results(*verdicts, attempts=2)
+    num_failed = verdicts.count(ERROR)
+    for summary in (await summary_of(pairs), summarize_correctness(pairs)):
+        assert summary["num_missing"] == num_failed
+    assert get_summary_error_aware(pairs)["num_missing"] == num_failed
+    ungraded = results(Graded(True), Graded(None), ERROR)
+    assert (await summary_of(ungraded))["num_missing"] == 2
+
+
+async def test_an_evals_own_values_stand() -> None:
+    """Evals in the field have keys of these names, which mean something else there."""
+    own = {"num_failed": 7, "num_scored": 3, "num_rollouts": "x", "num_missing": 1, "accuracy": 98}
 
     async def metrics(pairs: list[tuple[Task, Any]]) -> dict[str, Any]:
-        return summarize_correctness(pairs)
+        return own
 
     summary = await handle_system_errors_and_compute_metrics(
-        metrics, results(True, True, False, ERROR), as_wrong
+        metrics, results(True, ERROR), as_wrong
     )
+    added = {"is_valid": False, "num_tasks": 2}
+    assert summary == {**own, **added, "metrics_including_errors": {**own, "num_tasks": 2}}
+
+
+async def test_failures_bound_the_accuracy() -> None:
+    """A score over what happened to survive must show how far it could be off."""
+    summary = await summary_of(results(True, True, False, ERROR))
     assert summary["accuracy"] == pytest.approx(2 / 3)
     assert (summary["accuracy_worst_case"], summary["accuracy_best_case"]) == (0.5, 0.75)
     assert summary["metrics_including_errors"]["accuracy"] == 0.5

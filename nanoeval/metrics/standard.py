@@ -56,9 +56,10 @@ def compute_default_metrics_on_correctness_without_answer_groups(
     _statistics.require_columns(
         correctness_df, "correctness_df", ("instance", "attempt", "is_correct")
     )
-    if correctness_df["is_correct"].isna().any():
+    is_right, is_graded = _statistics.read_verdicts(correctness_df["is_correct"])
+    if not is_graded.all():
         raise ValueError("is_correct must be True or False in every row; drop ungraded attempts")
-    groups = correctness_df["is_correct"].astype(bool).astype(int)
+    groups = is_right.astype(int)
     samples = correctness_df[["instance", "attempt"]].assign(answer_group_id=groups)
     verdicts = samples[["instance", "answer_group_id"]].drop_duplicates()
     verdicts = verdicts.assign(is_correct=verdicts["answer_group_id"] == 1)
@@ -93,7 +94,11 @@ def summarize_correctness(
             scored.append((task, result, verdict))
     metrics = _metrics_of(scored, unscored, answer_of)
     if scored and _is_hook_overridden():
-        metrics.update(_metrics_by_hook(scored, answer_of))
+        by_hook = _metrics_by_hook(scored, answer_of)
+        if by_hook.get("accuracy", metrics["accuracy"]) != metrics["accuracy"]:
+            # The uncertainty of another accuracy than the hook's.
+            metrics = {k: v for k, v in metrics.items() if not k.startswith("accuracy_")}
+        metrics.update(by_hook)
     if num_failed:
         metrics["num_failed"] = num_failed
     if len(unscored) > num_failed:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
 import re
 import string
+import unicodedata
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -27,10 +29,11 @@ SEVERAL_ANSWERS = (
 # "Answer: B", "**Answer:** (B)", "answer:", B on the next line. What follows is only looked at, so
 # that an "Answer:" within it is found as well.
 ANSWER_LINE = re.compile(r"answer[*_]*\s*:(?=[\s*_]*(.*))", re.IGNORECASE)
-# Markup that models put around a letter.
-MARKUP = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\b|[*_`$\\(){}\[\]\"']")
-SEPARATORS = re.compile(r"[\s,;/&+]+")
-FILLERS = {"and", "option", "options", "choice"}
+# Markup that models put around a letter. What closes a bracket stays: it ends a label, "(B) No".
+MARKUP = re.compile(
+    r"</?[a-z]+>|</\w*|\\(?:boxed|text|textbf|mathrm|mathbf)\b|[*_`$\\({}\[<>\"'“”„‘’«»]"
+)
+SEPARATORS = re.compile(r"[,;/&+、]|\band\b", re.IGNORECASE)
 MAX_ANSWERS = len(string.ascii_uppercase)
 
 
@@ -67,23 +70,42 @@ def read_letters(reply: str, num_answers: int, several: bool) -> set[int]:
     """The indices that the last readable "Answer: X" of `reply` names; empty when none is.
 
     At most one index unless `several`. Letters are capital; a small one counts when it stands
-    alone on its line. Words after the letter ("Answer: B, because ...") are passed over.
+    alone between separators. Words after the letter ("Answer: B, because ...") are passed over;
+    after "A. Apple, B. Banana" the letters that are labels count.
     """
-    letters = string.ascii_uppercase[:num_answers]
-    for line in reversed(ANSWER_LINE.findall(reply)):
-        words = [word.rstrip(".:") for word in SEPARATORS.split(MARKUP.sub(" ", line)) if word]
-        if len(words) == 1 and len(words[0]) == 1:
-            words = [words[0].upper()]
-        picked: list[int] = []
-        for word in words:
-            if word.lower() in FILLERS and (several or not picked):
-                continue
-            if not word or not set(word) <= set(letters) or (len(word) > 1 and not several):
-                break
-            picked += [letters.index(letter) for letter in word]
+    # Full-width letters and punctuation become plain ones.
+    lines = ANSWER_LINE.findall(unicodedata.normalize("NFKC", reply))
+    for line in reversed(lines):
+        picked = _letters_of(MARKUP.sub(" ", line), num_answers, several)
         if picked:
-            return set(picked) if several else {picked[0]}
+            return {string.ascii_uppercase.index(letter) for letter in picked}
     return set()
+
+
+def _letters_of(line: str, num_answers: int, several: bool) -> str:
+    letter_first = _letter_first(num_answers, several)
+    picked, are_labels = "", False
+    for item in filter(str.strip, SEPARATORS.split(line)):
+        found = letter_first.match(item)
+        has_text = found is not None and re.search(r"\w", found["text"]) is not None
+        if found and (not are_labels or (found["label"] and has_text)):
+            picked += re.sub(r"\s", "", found["letters"]).upper()
+            are_labels = bool(found["label"]) and has_text
+        if not several or not (are_labels or (found and not has_text)):
+            break
+    return picked
+
+
+@functools.cache
+def _letter_first(num_answers: int, several: bool) -> re.Pattern[str]:
+    """Matches what starts with a letter of an answer: "B", "option B", "B) Paris", "B!"."""
+    letters = string.ascii_uppercase[:num_answers]
+    capital = rf"[{letters}](?:\s*[{letters}])*" if several else rf"[{letters}]"
+    small = rf"[{letters.lower()}](?=\s*[.:)\]]|\W*$)"
+    return re.compile(
+        r"\s*(?:(?i:options?|choice)\s+)*"
+        rf"(?P<letters>{capital}|{small})(?!\w|[-.:]\w)\s*(?P<label>[.:)\]]?)(?P<text>.*)"
+    )
 
 
 @chz.chz

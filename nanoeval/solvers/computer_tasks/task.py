@@ -143,8 +143,10 @@ class ComputerTask(ComputerConfiguration, Task, ABC):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         for name in ("grade", "_setup", "check_for_valid_submission"):
-            if name in cls.__dict__:
-                setattr(cls, name, _with_optional_runtime_config(cls.__dict__[name]))
+            definer = next(base for base in cls.__mro__ if name in base.__dict__)
+            # Those of other tasks are adapted already; those of plain mixins are not.
+            if definer is cls or not issubclass(definer, ComputerTask):
+                setattr(cls, name, _with_optional_runtime_config(getattr(cls, name)))
 
 
 def _with_optional_runtime_config(
@@ -152,14 +154,22 @@ def _with_optional_runtime_config(
 ) -> Callable[..., Awaitable[Any]]:
     """Let `method(self, computer[, runtime_config])` be called with and without the config."""
     parameters = inspect.signature(method).parameters
-    takes_config = "runtime_config" in parameters or len(parameters) > 2
+    by_name = "runtime_config" in parameters
+    by_position = not by_name and any(
+        p.kind <= p.VAR_POSITIONAL and p.default is p.empty
+        for p in list(parameters.values())[2:3]  # after self and computer
+    )
+    by_name = by_name or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     @functools.wraps(method)
     async def adapted(
         self: ComputerTask, computer: ComputerInterface, runtime_config: RuntimeConfig | None = None
     ) -> Any:
-        if takes_config:
-            result = await method(self, computer, runtime_config or RuntimeConfig())
+        runtime_config = runtime_config or RuntimeConfig()
+        if by_position:
+            result = await method(self, computer, runtime_config)
+        elif by_name:
+            result = await method(self, computer, runtime_config=runtime_config)
         else:
             result = await method(self, computer)
         if method.__name__ == "grade" and not isinstance(result, Grade):
