@@ -85,6 +85,8 @@ def is_for_people(record: logging.LogRecord) -> bool:
 
 
 def _write_above_bars(text: str) -> None:
+    if sys.stderr is None:  # where it was closed when the process started
+        return
     tqdm_module = sys.modules.get("tqdm")
     bar_class = getattr(tqdm_module, "tqdm", None)
     if bar_class is None or not getattr(bar_class, "_instances", None):
@@ -141,7 +143,7 @@ def _render(logger: Any, name: str, event: EventDict) -> str:
 
 
 def _is_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 @functools.cache

@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
 
 from nanoeval._store import Progress
 from nanoeval.library_config import get_library_config
+from nanoeval.setup import say
 
 # Without a terminal a bar would fill a log: one line this often instead.
 SECONDS_PER_LINE = 30.0
@@ -27,6 +28,7 @@ class _Bar(tqdm):  # type: ignore[misc]
     """A tqdm bar whose postfix an eval may set beside the engine's own counts."""
 
     set_by_eval: dict[str, Any] | None = None
+    num_failed = 0
 
     def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **kwargs: Any) -> None:
         """Show what an eval's `update_progress` has to say, after the counts."""
@@ -39,17 +41,15 @@ class _Bar(tqdm):  # type: ignore[misc]
 class ProgressBar:
     """Shows done/total, rate, time left, running, retried, failed, and the score so far."""
 
-    def __init__(self, name: str, bar: _Bar, mirror: Any, is_terminal: bool) -> None:
+    def __init__(self, bar: _Bar, mirror: _Mirror, is_terminal: bool) -> None:
         self.bar = bar
-        self._name = name
         self._mirror = mirror
         self._is_terminal = is_terminal
         self._shown_at = 0.0 if is_terminal else time.monotonic()
 
     def show(self, progress: Progress) -> None:
         """Take note of how far the run is; the screen follows a few times per second."""
-        self.bar.total = progress.num_tasks
-        self.bar.n = progress.num_done
+        self._note(progress)
         now = time.monotonic()
         interval = SECONDS_PER_REFRESH if self._is_terminal else SECONDS_PER_LINE
         if now - self._shown_at < interval:
@@ -59,20 +59,62 @@ class ProgressBar:
 
     def finish(self, progress: Progress) -> None:
         """Show the last state, whenever the one before was shown."""
+        self._note(progress)
+        self._draw(progress)
+
+    def _note(self, progress: Progress) -> None:
         self.bar.total = progress.num_tasks
         self.bar.n = progress.num_done
-        self._draw(progress)
+        self.bar.num_failed = progress.num_failed
 
     def _draw(self, progress: Progress) -> None:
         self.bar.show_counts(_counts(progress))
-        if self._is_terminal:
-            self.bar.refresh()
-        else:
-            print(str(self.bar), file=sys.stderr, flush=True)
-        if self._mirror is not None:
-            self._mirror.total = self.bar.total
-            self._mirror.n = self.bar.n
-            self._mirror.refresh()
+        with suppress(OSError):  # a full disk, or a terminal or reader that has gone
+            if self._is_terminal:
+                self.bar.refresh()
+            elif sys.stderr is not None:
+                print(str(self.bar), file=sys.stderr, flush=True)
+        self._mirror.show(progress)
+
+
+class _Mirror:
+    """The bar of `LibraryConfig.get_slack_tqdm`: anybody's code, on which no run depends."""
+
+    def __init__(self, username: str | None, name: str, num_tasks: int) -> None:
+        self._bar: Any = None
+        self._is_ours = False
+        with self._telling():
+            made = get_library_config().get_slack_tqdm(username) if username else None
+            self._is_ours = callable(made)
+            if made is not None and self._is_ours:
+                is_tqdm = isinstance(made, type) and issubclass(made, tqdm)
+                # The console has a bar already.
+                options = {"file": _Nowhere()} if is_tqdm else {}
+                made = made(total=num_tasks, desc=name, **options)
+            self._bar = made
+
+    def show(self, progress: Progress) -> None:
+        with self._telling():
+            if self._bar is not None:
+                self._bar.total = progress.num_tasks
+                self._bar.n = progress.num_done
+                self._bar.refresh()
+
+    def close(self) -> None:
+        """Close the bar, unless the hook gave one that was made before."""
+        with self._telling():
+            if self._bar is not None and self._is_ours:
+                self._bar.close()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell what the bar raises, and do without it from then on."""
+        try:
+            yield
+        except Exception as error:
+            self._bar = None
+            problem = f"{type(error).__name__}: {error}"
+            say(f"nanoeval: the bar of get_slack_tqdm failed ({problem}); the run does without it")
 
 
 def _counts(progress: Progress) -> dict[str, str]:
@@ -89,21 +131,22 @@ def _counts(progress: Progress) -> dict[str, str]:
 @contextmanager
 def progress_bar(name: str, num_tasks: int, slack_name: str | None) -> Iterator[ProgressBar]:
     """A bar on stderr for the block; on a terminal live, else a line every half minute."""
-    is_terminal = sys.stderr.isatty()
-    mirror = get_library_config().get_slack_tqdm(slack_name) if slack_name else None
-    with _Bar(
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    has_width = is_terminal and _has_width()
+    bar = _Bar(
         total=num_tasks,
         desc=name,
         unit="",
         bar_format=BAR_FORMAT,
         # Some pseudo-terminals have no size, on which tqdm would draw nothing.
-        ncols=None if _has_width() else 100,
-        dynamic_ncols=_has_width(),
+        ncols=None if has_width else 100,
+        dynamic_ncols=has_width,
         # On a terminal the engine decides when to draw; elsewhere it prints lines itself.
         file=sys.stderr if is_terminal else _Nowhere(),
         mininterval=3600,
-    ) as bar:
-        yield ProgressBar(name, bar, mirror, is_terminal)
+    )
+    with bar, closing(_Mirror(slack_name, name, num_tasks)) as mirror:
+        yield ProgressBar(bar, mirror, is_terminal)
 
 
 def _has_width() -> bool:

@@ -60,7 +60,11 @@ class LibraryConfig:
         return str(default_root_dir())
 
     def get_slack_tqdm(self, username: str | None) -> Any | None:
-        """A tqdm class that also reports to `username`, or None for the console alone."""
+        """A tqdm class that also reports to `username`, or None for the console alone.
+
+        It is made with `total` and `desc`, and closed at the end. A bar that is made already, or
+        any function that makes one, will do as well; one that raises is told and left out.
+        """
         del username
         return None
 

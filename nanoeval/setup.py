@@ -14,6 +14,7 @@ from contextlib import (
     AsyncExitStack,
     asynccontextmanager,
     contextmanager,
+    suppress,
 )
 from contextvars import ContextVar, Token
 from typing import Any, Self, TypeVar
@@ -24,6 +25,7 @@ from nanoeval.recorder_protocol import uuid
 T = TypeVar("T")
 
 EXIT_INTERRUPTED = 130
+STOPPING = b"\nStopping: handing in what is finished. Once more to exit at once.\n"
 
 
 class SharedResources:
@@ -151,7 +153,9 @@ def _first_signal_cancels(task: asyncio.Task[Any]) -> Iterator[None]:
         received.append(number)
         if len(received) > 1:
             os._exit(EXIT_INTERRUPTED)
-        os.write(2, b"\nStopping: handing in what is finished. Once more to exit at once.\n")
+        if sys.stderr is not None:  # else 2 may be any file
+            with suppress(OSError):
+                os.write(2, STOPPING)
         # At once, so that rollouts whose turn is still to come see it; and the loop is to wake up.
         task.cancel()
         loop.call_soon_threadsafe(lambda: None)
@@ -209,4 +213,6 @@ def say(message: str) -> None:
     """Show a person one message on the terminal (stderr), above a progress bar if there is one."""
     from tqdm import tqdm
 
-    tqdm.write(message, file=sys.stderr)
+    if sys.stderr is not None:  # where it was closed, tqdm would write to stdout
+        with suppress(OSError):
+            tqdm.write(message, file=sys.stderr)

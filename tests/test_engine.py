@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import chz
 import pytest
 from pydantic import PrivateAttr, ValidationError
+from tqdm import tqdm
 
 from nanoeval import RolloutSystemError, RunnerArgs, Task, run, validate
 from nanoeval.bin.resume import resume
@@ -762,3 +763,61 @@ def test_a_question_id_that_cannot_be_stored_is_refused() -> None:
     """The run would end with an error that names nothing."""
     with pytest.raises(ValidationError, match="half of a character"):
         Task(question_id="smile \ud83d")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_run_does_without_stderr(stderr: str, database_folder: Path) -> None:
+    """A run under cron would fail, or lose its summary when a log's disk is full."""
+    code = (
+        "import asyncio; from nanoeval import run; from tests.sample_evals import Sums, spec;"
+        "print(asyncio.run(run(spec(Sums(n=4))))['num_scored'])"
+    )
+    done = subprocess.run(
+        f'exec {sys.executable} -c "{code}" {stderr}',
+        shell=True,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("4\n", 0)
+
+
+class Mirroring(LibraryConfig):
+    """Mirrors the bar, or fails to."""
+
+    def __init__(self, bars: list[Any], fails: bool) -> None:
+        self.bars, self.fails = bars, fails
+
+    def get_slack_tqdm(self, username: str | None) -> Any:
+        bars, fails = self.bars, self.fails
+
+        class SlackBar(tqdm):  # type: ignore[misc]
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                bars.append(self)
+                super().__init__(*args, **kwargs)
+
+            def refresh(self, *args: Any, **kwargs: Any) -> None:
+                if fails:
+                    raise ConnectionError("no network")
+
+        return SlackBar
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_class_of_bars_mirrors_the_bar_and_may_fail(
+    fails: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hook asks for a class; a message that cannot be sent would end the run."""
+    before, bars = get_library_config(), []  # type: ignore[var-annotated]
+    set_library_config(Mirroring(bars, fails))
+    try:
+        summary = await run(spec(Sums(n=4), slack_name="me"))
+    finally:
+        set_library_config(before)
+    assert summary["num_scored"] == 4
+    ((bar,), told) = bars, capsys.readouterr().err
+    assert (bar.total, bar.desc) == (4, "sums")
+    assert ("get_slack_tqdm failed (ConnectionError: no network)" in told) == fails
+    assert fails or bar.n == 4

@@ -222,9 +222,9 @@ class PythonCodingEval(Eval[ComputerTask, FinalResult]):
         """Show how many are right (corr), broken (errs) and wrong (fail)."""
         done = [r for _, r in partial_results if isinstance(r, FinalResult)]
         n_correct = sum(r.correct for r in done)
-        pbar.set_postfix(
-            corr=n_correct, errs=len(partial_results) - len(done), fail=len(done) - n_correct
-        )
+        # A run's bar knows of the broken ones, which are not among its partial results.
+        n_broken = getattr(pbar, "num_failed", len(partial_results) - len(done))
+        pbar.set_postfix(corr=n_correct, errs=n_broken, fail=len(done) - n_correct)
 
     async def self_test(self) -> None:
         """Check the eval as usual, and that each instance can be written as JSON."""
