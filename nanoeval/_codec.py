@@ -231,11 +231,6 @@ def empty_main() -> None:
     sys.modules["__main__"] = ModuleType("__main__")
 
 
-def is_main_defined(value: Any) -> bool:
-    """Whether the class of `value`, or one it derives from, belongs to `__main__`."""
-    return any(base.__module__ == "__main__" for base in type(value).__mro__)
-
-
 def _unpicklable_part(value: Any, depth: int = 0) -> tuple[str, Any]:
     """The path to, and the value of, the innermost part that cannot be pickled."""
     import cloudpickle

@@ -123,6 +123,9 @@ def _add_component(logger: Any, name: str, event: EventDict) -> EventDict:
     """Name the standard logger, as ours are named by their field `component`."""
     del logger, name
     event["component"] = event["_record"].name
+    # Left on the record by another handler's formatter; not what was logged beside the message.
+    for name_of_formatter in ("message", "asctime"):
+        event.pop(name_of_formatter, None)
     return event
 
 

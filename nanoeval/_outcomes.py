@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import isawaitable
 from typing import Any
 
 from pydantic import BaseModel
@@ -22,6 +23,8 @@ from nanoeval.eval import RolloutSystemError, Task, TResult, TTask
 PREVIEW_CHARS = 4000
 PREVIEW_FIELD_CHARS = 500
 PREVIEW_ITEMS = 20
+# By name, so that numpy need not be loaded.
+NUMPY_BOOL = ("bool", "bool_")
 _TASK_FIELDS = frozenset(Task.model_fields)  # columns of their own
 
 
@@ -52,13 +55,14 @@ def score_of(result: Any) -> float | None:
     A bool is its own score; otherwise the first of `correct`, `is_correct`, `score` that is a bool
     or a number, as an attribute or as a key.
     """
-    if isinstance(result, bool):
+    if isinstance(result, bool) or type(result).__name__ in NUMPY_BOOL:
         return float(result)
     is_mapping = isinstance(result, Mapping)
     try:
         for name in ("correct", "is_correct", "score"):
-            value = result.get(name) if is_mapping else getattr(result, name, None)
-            if isinstance(value, bool | int | float) and math.isfinite(value):
+            value: Any = result.get(name) if is_mapping else getattr(result, name, None)
+            is_bool = type(value).__name__ in NUMPY_BOOL
+            if (is_bool or isinstance(value, bool | int | float)) and math.isfinite(value):
                 return float(value)
     except Exception:  # a property's own code, or an integer that is no float
         return None
@@ -180,7 +184,7 @@ async def handle_system_errors_and_compute_metrics(
     """
     scored = [(task, r) for task, r in results if not isinstance(r, RolloutSystemError)]
     failed = [task for task, r in results if isinstance(r, RolloutSystemError)]
-    metrics = dict(await metrics_fn(scored))
+    metrics = await _metrics(metrics_fn, scored)
     attempts = Counter(task.question_id for task, _ in results)
     num_tasks = len(attempts)
     bounds: dict[str, Any] = {}
@@ -201,9 +205,24 @@ async def handle_system_errors_and_compute_metrics(
             stand_ins = [(task, process_invalid(task)) for task in failed]
         except NotImplementedError:
             return summary
-        including = dict(await metrics_fn([*scored, *stand_ins]))
+        including = await _metrics(metrics_fn, [*scored, *stand_ins])
     summary["metrics_including_errors"] = {**including, "num_tasks": num_tasks}
     return summary
+
+
+async def _metrics(
+    metrics_fn: Callable[[list[tuple[TTask, TResult]]], Awaitable[dict[str, Any]]],
+    results: list[tuple[TTask, TResult]],
+) -> dict[str, Any]:
+    """What `metrics_fn` gives; TypeError where it is no coroutine function that returns a dict."""
+    name = getattr(metrics_fn, "__qualname__", "the summary")
+    metrics: Any = metrics_fn(results)
+    if not isawaitable(metrics):
+        raise TypeError(f"{name} gave a {type(metrics).__name__}; write it as `async def`")
+    metrics = await metrics
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"{name} returned {metrics!r:.100}; it must return a dict")
+    return dict(metrics)
 
 
 def _accuracy_bounds(

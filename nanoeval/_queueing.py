@@ -16,7 +16,7 @@ from nanoeval import _codec, _outcomes
 from nanoeval._outcomes import noting
 from nanoeval._run_set import RunSet
 from nanoeval._store import BATCH_BYTES, NewTask, StoredEval
-from nanoeval.eval import EvalSpec, Task, get_tasks
+from nanoeval.eval import EvalSpec, Task, get_name, get_tasks
 from nanoeval.library_config import get_library_config
 from nanoeval.recorder_protocol import RecorderProtocol
 
@@ -34,7 +34,7 @@ async def queue_eval(
 
     `folders`, as in StoredEval, are by default those of this process.
     """
-    name = spec.eval.get_name()
+    name = get_name(spec.eval)
     blob = _codec.dumps(spec, "the EvalSpec of %s", name)
     needs_definitions = b"__main__" in blob
     eval_id = await run_set.store.add_eval(

@@ -23,6 +23,7 @@ from nanoeval.asyncio_utils import cancel_task, uninterrupted
 from nanoeval.eval import Eval, RolloutSystemError, RunnerArgs
 from nanoeval.recorder import set_default_recorder
 from nanoeval.recorder_protocol import RecorderProtocol
+from nanoeval.setup import say
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ LONGEST_POLL = 0.25
 LONGEST_BACKOFF = 60.0
 # The longest that a server which names its own wait is obeyed.
 LONGEST_RETRY_AFTER = 3600.0
+# A person is told of a type of error once a rollout has failed so often, the last time with it.
+TRIES_TO_TELL = 3
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Worker:
         self._cancelled_before = 0
         self._is_to_stop = False
         self._fatal: list[FatalRolloutError] = []
+        self._told: set[str] = set()
 
     def rollouts_in_flight(self) -> list[tuple[str, float]]:
         """(task name, start time) of the rollouts at work, oldest first. Safe from any thread."""
@@ -366,6 +370,9 @@ class Worker:
             )
         finish = _raised(claim, started_at, error)
         what = f"the error of task {claim.question_id!r}"
+        # Raised by our own `await` of what `evaluate` gave.
+        if isinstance(error, TypeError) and "'await' expression" in str(error):
+            error.add_note(f"is {type(self._job.eval).__name__}.evaluate() an `async def`?")
         if isinstance(error, RolloutSystemError):
             is_last = claim.retry_idx >= self._job.runner.max_retries
             if not is_last and not isinstance(error, _outcomes.LostRolloutError):
@@ -375,6 +382,7 @@ class Worker:
                 next_try = next_try.model_copy(update={"retry_idx": claim.retry_idx + 1})
                 finish.retry_payload = _codec.dumps_model(next_try, "task %r", claim.question_id)
                 finish.not_before = time.time() + self._backoff(claim.retry_idx, error)
+                self._tell_of_trouble(finish)
             else:
                 finish.payload = _outcomes.dump_error(error, what)
         elif isinstance(error, Exception) and self._job.runner.fail_on_error is not True:
@@ -385,6 +393,15 @@ class Worker:
             self._end_run(finish, error)
         self._record_error(finish, error)
         return finish
+
+    def _tell_of_trouble(self, finish: Finish) -> None:
+        """Say, once for each type of error, why rollouts fail again and again."""
+        claim, kind = finish.claim, finish.error_type or ""
+        if claim.retry_idx == TRIES_TO_TELL - 1 and kind not in self._told:
+            self._told.add(kind)
+            message = " ".join((finish.error_message or "").split())[:200]
+            name = f"{claim.question_id}.{claim.attempt_id}"
+            say(f"nanoeval: task {name} failed {TRIES_TO_TELL} times, now with {kind}: {message}")
 
     def _end_run(self, finish: Finish, error: BaseException) -> None:
         finish.state = _schema.QUEUED

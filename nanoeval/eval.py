@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from inspect import isawaitable, iscoroutine
 from typing import Any, Generic, Literal, TypeVar
 
 import chz
@@ -204,9 +205,33 @@ async def list_tasks(eval: Eval[TTask, Any]) -> list[TTask]:
 async def get_tasks(eval: Eval[TTask, Any]) -> Sequence[TTask] | AsyncIterable[TTask]:
     """What `eval.get_tasks` gives, awaited if need be: an async generator is not."""
     tasks: Any = eval.get_tasks()
+    where = f"{type(eval).__name__}.get_tasks()"
     if not isinstance(tasks, AsyncIterable):
+        if not isawaitable(tasks):
+            raise TypeError(f"{where} gave a {type(tasks).__name__}; write it as `async def`")
         tasks = await tasks
+    if tasks is None or isinstance(tasks, str | Mapping | Task):
+        raise TypeError(
+            f"{where} returned {_kind_of(tasks)}; it must return a list of nanoeval.Task objects"
+        )
     return tasks  # type: ignore[no-any-return]
+
+
+def get_name(eval: Eval[Any, Any]) -> str:
+    """What `eval.get_name` gives; TypeError where that is no name."""
+    name: Any = eval.get_name()
+    if isinstance(name, str) and name:
+        return name
+    if iscoroutine(name):
+        name.close()
+    raise TypeError(
+        f"{type(eval).__name__}.get_name() returned {_kind_of(name)}; it must return a short text,"
+        " and be no `async def`"
+    )
+
+
+def _kind_of(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 @chz.chz

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -81,6 +81,11 @@ async def run(spec: EvalSpec) -> dict[str, Any]:
     whatever the eval's other methods raise. Results that were finished before are kept, and a note
     on the exception gives the command that resumes the run.
     """
+    if not hasattr(spec, "runner"):
+        raise TypeError(
+            f"run() was given a {type(spec).__name__}; it takes an EvalSpec(eval=...,"
+            " runner=RunnerArgs(...))"
+        )
     runner = spec.runner
     if runner.use_monitor:
         require_streamlit()
@@ -198,9 +203,19 @@ async def _watched(run_set: RunSet, spec: EvalSpec, num_tasks: int) -> AsyncIter
             key, monitor = run_set.run_set_id, monitor_process(run_set.run_set_id)
             await beside.enter_async_context(shared_resource(("monitor", key), monitor))
         if spec.runner.should_backup:
-            beside.push_async_callback(back_up, run_set)
+            beside.push_async_exit(_back_up_unless_raised(run_set))
         name, slack_name = spec.eval.get_name(), spec.runner.slack_name
         yield beside.enter_context(progress_bar(name, num_tasks, slack_name))
+
+
+def _back_up_unless_raised(run_set: RunSet) -> Callable[..., Awaitable[None]]:
+    """An error is to be noted first, so that the backup tells of it too."""
+
+    async def leave(kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            await back_up(run_set)
+
+    return leave
 
 
 async def _summarize(run_set: RunSet, job: Job) -> dict[str, Any]:
@@ -220,6 +235,8 @@ async def _report_failure(run_set: RunSet, job: Job, error: BaseException) -> No
         progress = await run_set.store.progress(job.eval_id)
         if progress.state == "running":  # else another process has ended it
             await run_set.store.end_eval(job.eval_id, state, error=text)
+        if job.runner.should_backup:
+            await back_up(run_set)
     except RuntimeError:
         pass  # the database itself failed: `error` says so
     kept = f"{progress.num_done} of {progress.num_tasks} results are kept. " if progress else ""

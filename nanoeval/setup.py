@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import signal
 import sys
@@ -115,6 +116,9 @@ def nanoeval_entrypoint(coro: Coroutine[Any, Any, T]) -> T:
     SIGTERM cancels the coroutine, so that runs hand in what is finished and print how to resume; a
     second one exits at once, with status 130.
     """
+    if not inspect.isawaitable(coro):
+        name = getattr(coro, "__name__", "main")
+        raise TypeError(f"nanoeval_entrypoint takes a coroutine: nanoeval_entrypoint({name}())")
     nanoeval_logging()
     raise_file_limit()
     tune_interpreter()

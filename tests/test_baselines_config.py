@@ -160,6 +160,8 @@ def test_files_that_are_no_yaml_say_so(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigError, match="is not YAML: .*line 1"):
         load_config(write(tmp_path, "task: [mmlu"))
+    with pytest.raises(ConfigError, match="line 4: split: stands there twice"):
+        load_config(write(tmp_path, "task: mmlu\ndataset:\n  split: test\n  split: dev\n"))
     with pytest.raises(ConfigError, match="holds NoneType; it must hold keys"):
         load_config(write(tmp_path, ""))
     with pytest.raises(ConfigError, match="cannot be read"):

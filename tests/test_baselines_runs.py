@@ -368,6 +368,23 @@ def test_the_same_yaml_runs_against_a_server(tmp_path: Path) -> None:
     assert (summary["model_id"], summary["base_url"]) == ("scripted", model["base_url"])
 
 
+def test_a_run_without_any_score_says_why_and_can_be_repeated(tmp_path: Path) -> None:
+    """A traceback of the chart would hide that the server is down, and come again for ever."""
+    from nanoeval.testing.server import ScriptedServer
+
+    with ScriptedServer("The answer is B.") as server:
+        model = {"base_url": server.base_url, "model": "scripted"}
+    asked = config(
+        tmp_path / "out", "", model=model, scoring={"strategy": "gen_letter"},
+        runner={"max_retries": 0},
+    )  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="none of 12 examples .*cannot reach"):
+            run_mmlu.run(asked)
+    assert summary_of(tmp_path / "out")["num_failed"] == 12
+    assert "cannot reach" in predictions(tmp_path / "out")[0]["error"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_the_whole_of_mmlu_takes_less_than_five_minutes(

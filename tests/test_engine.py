@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import chz
+import numpy as np
 import pytest
 from pydantic import PrivateAttr, ValidationError
 from tqdm import tqdm
 
 from nanoeval import RolloutSystemError, RunnerArgs, Task, run, validate
+from nanoeval._run_set import backup_path
 from nanoeval.bin.resume import resume
 from nanoeval.evaluation import run_eval_in_database
 from nanoeval.library_config import LibraryConfig, get_library_config, set_library_config
 from nanoeval.recorder import get_recorder
 from nanoeval.recorder_protocol import RecorderConfig, RecorderProtocol
-from nanoeval.setup import global_exit_stack
+from nanoeval.setup import global_exit_stack, nanoeval_entrypoint
 from tests.sample_evals import Sum, Sums, lines, spec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -38,11 +40,18 @@ class Odd(Sums):
 
     what: str = ""
 
-    async def get_tasks(self) -> Any:
+    def get_name(self) -> Any:
+        return asyncio.sleep(0) if self.what == "no name" else super().get_name()
+
+    def get_tasks(self) -> Any:
+        return [] if self.what == "plain get_tasks" else self._tasks()
+
+    async def _tasks(self) -> Any:
         if self.what == "get_tasks":
             raise RuntimeError("no such file")
-        if self.what == "no tasks":
-            return []
+        listed = {"no tasks": [], "no list": None, "one task": Sum(question_id="q0", a=1)}
+        if self.what in listed:
+            return listed[self.what]
         if self.what == "duplicates":
             return [Sum(question_id=f"q{i % 3}", a=i) for i in range(5)]
         if self.what == "another retry":
@@ -72,7 +81,12 @@ class Odd(Sums):
             raise GeneratorExit
         return await super().evaluate(task)
 
-    async def get_summary(self, results: Any) -> dict[str, Any]:
+    def get_summary(self, results: Any) -> Any:
+        return {} if self.what == "plain summary" else self._summary(results)
+
+    async def _summary(self, results: Any) -> Any:
+        if self.what == "no summary":
+            return None
         if self.what == "get_summary" and "SAMPLE_MENDED" not in os.environ:
             raise ZeroDivisionError("division by zero")
         return await super().get_summary(results)
@@ -100,6 +114,12 @@ class Locked(Task):
         ("_context", AttributeError, "raised by sums._context"),
         ("_context cancels", RuntimeError, "sums._context() raised CancelledError by itself"),
         ("another retry", ValueError, "('q0', 1)"),
+        ("plain get_tasks", TypeError, "Odd.get_tasks() gave a list; write it as `async def`"),
+        ("no list", TypeError, "Odd.get_tasks() returned None; it must return a list"),
+        ("one task", TypeError, "Odd.get_tasks() returned a Sum; it must return a list"),
+        ("no name", TypeError, "Odd.get_name() returned a coroutine; it must return a short text"),
+        ("plain summary", TypeError, "Odd.get_summary gave a dict; write it as `async def`"),
+        ("no summary", TypeError, "Odd.get_summary returned None; it must return a dict"),
         ("get_summary", ZeroDivisionError, "all results are kept"),
     ],
 )
@@ -821,3 +841,43 @@ async def test_a_class_of_bars_mirrors_the_bar_and_may_fail(
     assert (bar.total, bar.desc) == (4, "sums")
     assert ("get_slack_tqdm failed (ConnectionError: no network)" in told) == fails
     assert fails or bar.n == 4
+
+
+async def test_what_is_no_spec_is_refused_by_name() -> None:
+    """The error would be about an attribute that nobody wrote."""
+    with pytest.raises(TypeError, match=r"run\(\) was given a Sums; it takes an EvalSpec"):
+        await run(Sums())  # type: ignore[arg-type]
+
+    async def main() -> None:
+        raise AssertionError("was called")
+
+    with pytest.raises(TypeError, match=r"takes a coroutine: nanoeval_entrypoint\(main\(\)\)"):
+        nanoeval_entrypoint(main)  # type: ignore[arg-type]
+
+
+async def test_why_rollouts_fail_again_and_again_is_told_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A bar that counts retries for ten minutes does not say that an address is mistyped."""
+    error = RolloutSystemError("cannot reach\nhttp://nowhere")
+    await run(spec(Raising(n=4, error=error), max_retries=4, retry_backoff=0.01))
+    told = "task q2.1 failed 3 times, now with RolloutSystemError: cannot reach http://nowhere"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+async def test_the_backup_of_a_run_that_failed_says_so(tmp_path: Path) -> None:
+    """After a reboot it is all there is, and a failed run would look like a crashed one."""
+    with pytest.raises(BaseExceptionGroup):
+        await run(spec(Odd(what="exit"), concurrency=1, run_set_id="told", should_backup=True))
+    db = sqlite3.connect(backup_path("told"))
+    state, error = db.execute("SELECT state, error FROM eval").fetchone()
+    db.close()
+    assert (state, "GeneratorExit" in error) == ("failed", True)
+
+
+async def test_verdicts_of_numpy_are_scores_while_the_run_goes_on(database_folder: Path) -> None:
+    """The bar and the monitor would show none until the summary."""
+    await run(spec(Returning(n=4, result=np.bool_(False)), run_set_id="numpy"))
+    db = sqlite3.connect(database_folder / "numpy.db")
+    assert db.execute("SELECT num_with_score, score_sum FROM eval").fetchone() == (4, 3.0)
+    db.close()

@@ -261,6 +261,7 @@ def test_demo_explains_itself_when_piped(tmp_path: Path) -> None:
     assert records is not None
     kinds = Counter(event["record_type"] for event in json_lines(tmp_path / records[1]))
     assert kinds["match"] == 750
+    assert " for 750 rollouts in " in done.stdout
     database = re.search(r"Database +(\S+)", done.stdout)
     assert database is not None
     assert Path(database[1]).exists()

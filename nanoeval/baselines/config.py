@@ -318,12 +318,28 @@ def _read_yaml(path: str | Path) -> Any:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: cannot be read: {reason}") from error
     try:
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader), str(path))
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds {type(data).__name__}; it must hold keys and values")
     return data
+
+
+def _refuse_repeated_keys(node: Any, where: str) -> None:
+    """Raise ConfigError for a key that stands twice in one place, of which YAML keeps the last."""
+    if node is None or isinstance(node.value, str):
+        return
+    keys: set[str] = set()
+    for item in node.value:
+        key, value = item if isinstance(item, tuple) else (None, item)
+        if key is not None and key.value in keys:
+            line = key.start_mark.line + 1
+            raise ConfigError(f"{where}: line {line}: {key.value}: stands there twice; leave one")
+        if key is not None and isinstance(key.value, str):
+            keys.add(key.value)
+        _refuse_repeated_keys(value, where)
 
 
 def _explain(details: Mapping[str, Any], kind: type[BaseModel]) -> str:

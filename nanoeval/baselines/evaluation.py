@@ -171,8 +171,10 @@ class BaselineEval(Eval[Example, Verdict]):
         config = self.config
         whole = "".join(task.fingerprint for task, _ in results)
         is_ranked = config.strategy == "rank_ll"
+        errors = (r for _, r in results if isinstance(r, RolloutSystemError))
         return {
             "total_examples": len(results),
+            "first_error": next((f"{type(e).__name__}: {e}" for e in errors), None),
             "split": config.split,
             "subset_size": config.dataset.subset_size,
             "subset_name": config.dataset.subset_name,

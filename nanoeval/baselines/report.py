@@ -61,7 +61,7 @@ def write(config: BaselineConfig, summary: Mapping[str, Any], results: Results) 
         write_text(folder / names.predictions_filename, "".join(f"{row}\n" for row in rows))
     if names.save_table:
         write_table(folder / names.table_filename, table_rows(summary))
-    if names.save_plot:
+    if names.save_plot and "accuracy" in summary:
         from nanoeval.baselines.charts import draw_accuracy
 
         draw_accuracy(folder / names.plot_filename, config.benchmark.title, summary)

@@ -72,7 +72,17 @@ async def run_async(config: BaselineConfig) -> dict[str, Any]:
         marker.write_text(json.dumps({"run_set_id": run_set_id, "config": digest}))
         summaries = [await run_eval(_spec(config, model, facts, run_set_id))]
     marker.unlink(missing_ok=True)
-    return summaries[0]
+    (summary,) = summaries
+    if summary["num_scored"] == 0:
+        raise NothingScoredError(
+            f"none of {summary['total_examples']} examples of {config.task} was scored, the first"
+            f" for: {summary['first_error']}. Mend that and repeat the command, which starts anew"
+        )
+    return summary
+
+
+class NothingScoredError(RuntimeError):
+    """All examples of a run failed; its report says so too."""
 
 
 def make_model(config: BaselineConfig) -> Model:
@@ -165,7 +175,10 @@ def with_one_line(start: Any) -> Any:
     """Run the coroutine that `start()` gives as a program; a user's mistake is one clear line."""
     try:
         return nanoeval_entrypoint(start())
-    except (ValueError, DatasetError, ImportError, OSError, CommandError) as error:
+    except (
+        *(ValueError, DatasetError, ImportError, OSError),
+        *(CommandError, NothingScoredError),
+    ) as error:
         sys.exit(f"nanoeval: {error}")
 
 

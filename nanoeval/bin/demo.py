@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -221,7 +223,7 @@ def accounts(
     database: Path,
 ) -> str:
     """What the server counted, what became of the failures, and where everything lies."""
-    num_rollouts = sum(summary["num_tasks"] for summary in summaries.values())
+    num_rollouts = sum(summary["num_rollouts"] for summary in summaries.values())
     num_failed = sum(summary["num_failed"] for summary in summaries.values())
     faults = ", ".join(f"{n} x {FAULT_NAMES[kind]}" for kind, n in sorted(stats.faults.items()))
     return "\n".join(
@@ -239,11 +241,14 @@ def accounts(
 def next_steps(records: Path) -> str:
     """Commands that work from here."""
     is_checkout = Path(FIRST_EVAL).exists()
+    # The environment need not be activated.
+    is_on_path = shutil.which("python") == sys.executable
+    python = "python" if is_on_path else os.path.relpath(sys.executable)
     steps = {
         f"grep '\"correct\": *false' {records} | head -3": "three of the wrong answers",
-        **({f"python {FIRST_EVAL}": "a whole eval in one file: copy it"} if is_checkout else {}),
-        "python -m nanoeval.bin.ls": "the runs on this machine and their scores",
-        "python -m nanoeval.testing.server --help": "this server, for tests of your own evals",
+        **({f"{python} {FIRST_EVAL}": "a whole eval in one file: copy it"} if is_checkout else {}),
+        f"{python} -m nanoeval.bin.ls": "the runs on this machine and their scores",
+        f"{python} -m nanoeval.testing.server --help": "this server, for tests of your own evals",
     }
     return "What to try next\n" + "\n".join(f"  {do}\n      {why}" for do, why in steps.items())
 

@@ -34,7 +34,7 @@ class TaskRegistry(Mapping[str, type[GenerationEval]]):
             sys.path.insert(0, "")
         try:
             module = import_module(module_name)
-        except ModuleNotFoundError as error:
+        except (ImportError, SyntaxError) as error:
             raise EndpointError(f"task {name!r}: {error}; write it as module:Class") from error
         candidates = [
             value

@@ -23,7 +23,7 @@ SAMPLE_SIZE = 20_000
 POINTS = 120
 # The speed of a run is that of its last so many seconds.
 RECENT = 60.0
-SEQ, STATE, START, END, SCORE = range(5)
+_, STATE, START, END, SCORE = range(5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from urllib.parse import urlencode
 STYLE = """
 <style>
 .stMainBlockContainer { padding: 2.6rem 1.5rem 3rem; max-width: 1320px; }
-.ne { font-size: 0.86rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+.ne { font-size: 0.86rem; line-height: 1.4; font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere; }
 .ne a { color: inherit; text-decoration: underline; text-underline-offset: 0.2em;
   text-decoration-color: color-mix(in srgb, currentColor 35%, transparent); }
 .ne a:hover { text-decoration-color: currentColor; }
@@ -44,13 +45,15 @@ STYLE = """
   border-bottom: 1px solid color-mix(in srgb, currentColor 9%, transparent);
   overflow-wrap: anywhere; }
 .ne .num { text-align: right; white-space: nowrap; }
-.ne .nowrap { white-space: nowrap; }
+.ne .nowrap { white-space: nowrap; max-width: 22rem; overflow: hidden;
+  text-overflow: ellipsis; }
 .ne td.nowrap, .ne td.num { width: 1%; }
 .ne .wide { min-width: 14rem; }
 .ne pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: 0; border: 0;
   background: none; font-size: 0.78rem; line-height: 1.45; color: inherit; }
 .ne .text { white-space: pre-wrap; overflow-wrap: anywhere; }
-.ne .turn { display: grid; grid-template-columns: 6.2rem 1fr; gap: 0.2rem 1rem; padding: 0.5rem 0;
+.ne .turn { display: grid; grid-template-columns: 6.2rem minmax(0, 1fr); gap: 0.2rem 1rem;
+  padding: 0.5rem 0;
   border-bottom: 1px solid color-mix(in srgb, currentColor 9%, transparent); }
 .ne .turn .who { font-size: 0.76rem; }
 .ne .turn.reply { background: color-mix(in srgb, #2f7de1 7%, transparent); }
@@ -65,7 +68,7 @@ STYLE = """
   .ne thead { display: none; }
   .ne tr { display: block; padding: 0.5rem 0;
     border-bottom: 1px solid color-mix(in srgb, currentColor 16%, transparent); }
-  .ne td { display: grid; grid-template-columns: 6.2rem 1fr; gap: 0.6rem; border: 0;
+  .ne td { display: grid; grid-template-columns: 6.2rem minmax(0, 1fr); gap: 0.6rem; border: 0;
     padding: 0.1rem 0; text-align: left; white-space: normal; }
   .ne td::before { content: attr(data-name); font-size: 0.76rem;
     color: color-mix(in srgb, currentColor 64%, transparent); }

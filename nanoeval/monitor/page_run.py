@@ -123,8 +123,9 @@ def _show_how_it_ended(chosen: Chosen) -> None:
         if told:
             view.say(markup.joined([told, " ", markup.code(chosen.row.resume_command)]))
     if chosen.eval.error and chosen.state == "failed":
-        line = _inspect_run.error_line(chosen.eval.error)
-        with st.expander(f"The error: {markup.shortened(line, 100)}"):
+        # Not as the label, which is Markdown and may load what it names.
+        view.say(markup.shortened(_inspect_run.error_line(chosen.eval.error), 100))
+        with st.expander("The error"):
             st.code(chosen.eval.error, language=None, wrap_lines=True)
 
 

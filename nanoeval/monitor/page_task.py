@@ -34,7 +34,9 @@ def show() -> None:
 def _show_task(chosen: Chosen) -> None:
     wanted = st.query_params.get("task", "")
     with _inspect.reading(chosen.path) as db:
-        found = _inspect_run.find_try(db, int(wanted)) if wanted.isdecimal() else None
+        # SQLite's integers have 18 digits and some.
+        is_id = wanted.isdecimal() and len(wanted) <= 18
+        found = _inspect_run.find_try(db, int(wanted)) if is_id else None
         if found is None or found.eval_id != chosen.eval.eval_id:
             view.show_heading(chosen, "tasks")
             all_tasks = markup.link("All tasks", "tasks", **chosen.query)
