@@ -140,7 +140,21 @@ async def decoded(
 ) -> AsyncIterator[list[tuple[Any, Any]]]:
     """(task, result or error) of what `Store.results` reads."""
     async for batch in batches:
-        yield [(_codec.loads(task), _codec.loads(result)) for task, result in batch]
+        yield [_decoded(task, result) for task, result in batch]
+
+
+def _decoded(task_blob: bytes, result_blob: bytes) -> tuple[Any, Any]:
+    task = _codec.loads(task_blob)
+    try:
+        return task, _codec.loads(result_blob)
+    except _codec.DamagedPickleError:
+        raise
+    except Exception as error:  # a constructor's, for instance, that wants more arguments
+        raise TypeError(
+            f"the result of task {task.name!r} was pickled, but cannot be unpickled"
+            f" ({type(error).__name__}: {error}). Mend its class so that it can, and resume the run"
+            " set; plain data always can"
+        ) from error
 
 
 def to_json(summary: dict[str, Any]) -> str:

@@ -25,8 +25,6 @@ PROTOCOL = 5
 CRC32_RESIDUE = 0x2144DF1C
 # Begins what `dumps_model` makes; all other pickles begin with 0x80.
 MODEL = b"M"
-# How a pickle names a class or a function.
-STACK_GLOBAL = b"\x93"
 # Where `__main__` keeps the names that came from another process.
 INSTALLED = "__nanoeval_installed__"
 # SQLite's own limit for one value is 10^9 bytes.
@@ -53,21 +51,6 @@ def dumps(value: Any, what: str, *names: object) -> bytes:
     except Exception:  # pickle raises whatever an object's own __reduce__ raises
         blob = _dumps_by_value(value, what % names if names else what)
     return _sealed(blob, what, names)
-
-
-def dumps_checked(value: Any, what: str, *names: object) -> bytes:
-    """Like `dumps`, for what nobody can make again: raises, too, if it cannot be unpickled."""
-    blob = dumps(value, what, *names)
-    # What names no class or function is plain data, which always can.
-    if STACK_GLOBAL in blob:
-        try:
-            loads(blob)
-        except Exception as error:  # a constructor's, for instance, that wants more arguments
-            raise NotPicklableError(
-                f"{what % names if names else what} can be pickled, but not unpickled"
-                f" ({type(error).__name__}: {_one_line(error)}); keep plain data there"
-            ) from error
-    return blob
 
 
 def dumps_model(model: BaseModel, what: str, *names: object) -> bytes:

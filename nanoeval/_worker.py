@@ -348,7 +348,7 @@ class Worker:
             _schema.SCORED,
             started_at,
             time.time(),
-            payload=_codec.dumps_checked(result, "the result of task %r", claim.question_id),
+            payload=_codec.dumps(result, "the result of task %r", claim.question_id),
             score=_outcomes.score_of(result),
             preview=_outcomes.preview(result),
         )

@@ -724,12 +724,17 @@ class Returning(Sums):
         return {"num_true": sum(result is True for _, result in results)}
 
 
-async def test_a_result_that_could_not_be_read_again_ends_the_run_at_once() -> None:
-    """All rollouts would be paid for, and then no summary could ever be made."""
-    with pytest.raises(ExceptionGroup) as caught:
-        await run(spec(Returning(n=4, result={"error": OneWay("x", response=1)})))
-    (error,) = caught.value.exceptions
-    assert "the result of task 'q2' can be pickled, but not unpickled (TypeError" in str(error)
+async def test_a_result_that_cannot_be_read_again_is_named_and_can_be_mended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error would name neither the task nor a way out, with all rollouts paid for."""
+    result = {"error": OneWay("x", response=1)}
+    with pytest.raises(TypeError, match="result of task 'q2.1' was pickled, but cannot") as caught:
+        await run(spec(Returning(n=4, result=result), run_set_id="one way"))
+    assert "all results are kept" in "".join(caught.value.__notes__)
+    monkeypatch.setattr(OneWay, "__init__", lambda self, message, *, response=0: None)
+    (summary,) = await resume("one way")
+    assert summary["num_true"] == 3
 
 
 @pytest.mark.parametrize("result", [Shy(), {"score": 10**400}, {"text": 10**5000}])
