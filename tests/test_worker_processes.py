@@ -149,7 +149,8 @@ async def test_what_rollouts_start_ends_with_their_worker(tmp_path: Path) -> Non
     running = asyncio.ensure_future(run(spec(Starts(n=4, log=str(log)), **PROCESSES)))
     while len(lines(log)) < 4:
         await asyncio.sleep(0.01)
-    killed, *_ = children(os.getpid())
+    # Other tests may have left this process children of another kind.
+    killed = int(Path(f"/proc/{lines(log)[0]}/stat").read_text().split()[3])
     orphans = children(killed)
     os.kill(killed, signal.SIGKILL)
     while len(lines(log)) < 4 + len(orphans):
