@@ -17,6 +17,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from nanoeval import _schema
+from nanoeval._process_identity import exists
 from nanoeval.fs_paths import check_private
 
 T = TypeVar("T")
@@ -224,18 +225,8 @@ def partial_copies(target: Path, *, of_dead_processes: bool = False) -> list[Pat
     return [
         path
         for path, match in matches
-        if match and not (of_dead_processes and _exists(int(match[1])))
+        if match and not (of_dead_processes and exists(int(match[1])))
     ]
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _file_at(path: Path) -> tuple[int, int] | None:

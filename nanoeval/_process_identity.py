@@ -25,14 +25,21 @@ class ProcessIdentity:
         """Whether the process ran here and is seen to be gone; False also means "cannot tell"."""
         if self.host_id != _host_id():
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+        if not exists(self.pid):
             return True
-        except PermissionError:
-            pass  # alive, and somebody else's: then the start time decides
         now_started = _start_time(self.pid)
         return bool(self.started and now_started and now_started != self.started)
+
+
+def exists(pid: int) -> bool:
+    """Whether a process of this machine has this pid now, be it somebody else's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def this_process() -> ProcessIdentity:

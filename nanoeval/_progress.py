@@ -139,7 +139,7 @@ def progress_bar(name: str, num_tasks: int, slack_name: str | None) -> Iterator[
         unit="",
         bar_format=BAR_FORMAT,
         # Some pseudo-terminals have no size, on which tqdm would draw nothing.
-        ncols=None if has_width else 100,
+        ncols=100 if is_terminal and not has_width else None,
         dynamic_ncols=has_width,
         # On a terminal the engine decides when to draw; elsewhere it prints lines itself.
         file=sys.stderr if is_terminal else _Nowhere(),

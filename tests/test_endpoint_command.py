@@ -955,3 +955,15 @@ def test_warnings_of_the_second_server_are_said(nano_eval: Command) -> None:
         url = second.base_url
         nano_eval(first, f"--against={url}")
     assert f"{url}: {TASK}: 12 of 12 replies stopped for length" in nano_eval.err
+
+
+def test_plot_that_cannot_be_drawn_is_refused_before_the_first_request(
+    nano_eval: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two servers would be asked everything, and the verdict be an error about a package."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with ScriptedServer(right) as server:
+        arguments = (f"--against={server.base_url}", f"--plot={tmp_path / 'plot.png'}")
+        assert nano_eval(server, *arguments) == 3
+        assert server.num_requests == 0
+    assert "--plot needs a package: pip install" in nano_eval.error_line()

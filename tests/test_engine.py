@@ -886,3 +886,17 @@ async def test_verdicts_of_numpy_are_scores_while_the_run_goes_on(database_folde
     db = sqlite3.connect(database_folder / "numpy.db")
     assert db.execute("SELECT num_with_score, score_sum FROM eval").fetchone() == (4, 3.0)
     db.close()
+
+
+@chz.chz
+class Talkative(Sums):
+    """Has much to say beside the engine's counts."""
+
+    async def update_progress(self, partial_results: Any, pbar: Any) -> None:
+        pbar.set_postfix(told="x" * 100, last="seen")
+
+
+async def test_a_line_without_a_terminal_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """A log would lack what an eval has to say of its own run."""
+    await run(spec(Talkative(n=4, seconds=1.2)))
+    assert "last=seen" in capsys.readouterr().err

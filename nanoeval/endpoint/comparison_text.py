@@ -232,10 +232,8 @@ def _interval_svg(task: Mapping[str, Any]) -> str:
 
 def write_plot(comparison: Mapping[str, Any], path: Path) -> None:
     """Each task's difference with its interval, over the band of the margin, as an image file."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EndpointError('--plot needs a package: pip install "nanoeval[endpoint]"') from error
+    from matplotlib.figure import Figure
+
     tasks, margin = comparison["tasks"], 100 * comparison["margin"]
     figure = Figure(figsize=(8, 1.6 + 0.7 * len(tasks)), layout="constrained")
     axes = figure.subplots()

@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,7 +62,7 @@ def add_comparison_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--margin", type=margin, default=0.02, help="largest difference that counts as none (0.02)"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the differences")
+    parser.add_argument("--plot", type=picture, metavar="PNG", help="draw the differences")
     parser.add_argument("--html", type=Path, metavar="FILE", help="a page with every flip")
 
 
@@ -105,6 +106,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number from 1 on")
     return number
+
+
+def picture(text: str) -> Path:
+    """The file of a plot; refused here where it could not be drawn in the end."""
+    if find_spec("matplotlib") is None:
+        raise EndpointError('--plot needs a package: pip install "nanoeval[endpoint]"')
+    return Path(text)
 
 
 def margin(text: str) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nanoeval import _statistics
-from nanoeval._outcomes import handle_system_errors_and_compute_metrics
+from nanoeval._outcomes import NUMPY_BOOL, handle_system_errors_and_compute_metrics
 from nanoeval.eval import RolloutSystemError, Task
 from nanoeval.library_config import LibraryConfig, get_library_config
 
@@ -174,8 +174,7 @@ def verdict_of(task: Task, result: Any) -> bool | None:
         if hasattr(result, name):
             value = getattr(result, name)
             break
-    # numpy's bool is told by its name, so that numpy need not be loaded.
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+    if isinstance(value, bool) or type(value).__name__ in NUMPY_BOOL:
         return bool(value)
     if value is None and result is not None:
         return None
