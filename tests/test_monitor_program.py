@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -27,9 +30,12 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def free_port() -> int:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        return int(holder.getsockname()[1])
+    while True:
+        # Below those that the system gives to connections, which would take it meanwhile.
+        port = random.randint(20_000, 30_000)
+        with socket.socket() as holder, suppress(OSError):
+            holder.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
@@ -37,28 +43,32 @@ def monitor(
     *arguments: str, port: int | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The program in a process of its own, and what it said up to its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nanoeval.bin.mon", f"port={port or free_port()}", *arguments],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    said = ""
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            said += line
-            if "monitor is at" in line:
-                break
-        yield process, said
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanoeval.bin.mon", f"port={port or free_port()}", *arguments],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        said = ""
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                said += line
+                if "monitor is at" in line:
+                    break
+            else:
+                log.seek(0)
+                pytest.fail(f"the monitor ended with {process.wait()}: {said}{log.read()}")
+            yield process, said
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
 
 def address(said: str) -> str:
@@ -101,6 +111,15 @@ def test_taken_port_moves_to_the_next_and_says_so(database_folder: Path) -> None
         with monitor(port=taken) as (_, said):
             assert f"port {taken} is taken" in said
             assert int(address(said).split(":")[2].strip("/")) > taken
+
+
+def test_monitors_that_start_at_once_find_a_port_each(database_folder: Path) -> None:
+    """Of two runs that start together, one would have no monitor."""
+    port = free_port()
+    with ThreadPoolExecutor(3) as pool, ExitStack() as running:
+        started = pool.map(lambda _: running.enter_context(monitor(port=port)), range(3))
+        addresses = {address(said.splitlines()[-1]) for _, said in started}
+    assert len(addresses) == 3
 
 
 def test_monitor_ends_when_its_stdin_closes(database_folder: Path) -> None:

@@ -15,9 +15,11 @@ by itself, which ends with the run.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -58,19 +60,26 @@ def main(
         raise CommandError(str(error)) from error
     if run_set_id is not None:
         find_run_set(run_set_id)
-    free = free_port(address, port)
-    if free != port:
-        print(f"nanoeval: port {port} is taken, using {free}", flush=True)
     page = f"/run?run_set={quote(run_set_id)}" if run_set_id is not None else "/"
     host = "127.0.0.1" if address in ("0.0.0.0", "::") else address
     if until_stdin_closes:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    threading.Thread(target=_announce, args=(host, free, page, sys.stdout), daemon=True).start()
-    serve(address, free)
+    with contextlib.ExitStack() as held:
+        free = free_port(address, port, held)
+        if free != port:
+            print(f"nanoeval: port {port} is taken, using {free}", flush=True)
+        announcing = (host, free, page, sys.stdout)
+        threading.Thread(target=_announce, args=announcing, daemon=True).start()
+        serve(address, free)
 
 
-def free_port(address: str, first: int) -> int:
-    """The first port from `first` on that can be listened on. Raises CommandError without one."""
+def free_port(address: str, first: int, held: contextlib.ExitStack) -> int:
+    """The first port from `first` on that can be listened on. Raises CommandError without one.
+
+    Until `held` is closed it is kept from other monitors of this user, which look for one too:
+    Streamlit takes seconds to listen, and ends where somebody else was quicker.
+    """
+    reason: str | None = None
     for port in range(first, min(first + PORTS_TRIED, 65536)):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as holder:
             # A port that was closed a moment ago is free.
@@ -82,10 +91,27 @@ def free_port(address: str, first: int) -> int:
             except OSError as error:
                 reason = error.strerror
                 continue
-            return port
+        lock = open(_lock_path(port), "w", opener=_private)  # noqa: SIM115 - closed with `held`
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            reason = "another monitor starts there"
+            continue
+        held.enter_context(lock)
+        return port
     raise CommandError(
         f"no port from {first} on can be listened on at {address} ({reason}); choose another"
     )
+
+
+def _lock_path(port: int) -> str:
+    return os.path.join(tempfile.gettempdir(), f"nanoeval-monitor-{os.getuid()}-{port}.lock")
+
+
+def _private(path: str, flags: int) -> int:
+    # In a folder that others may write to: no link of theirs is followed.
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def serve(address: str, port: int) -> None:
